@@ -1,0 +1,855 @@
+# docs: docs/finetune.md
+"""Stage 2 of XTRA: finetune the pretrained student online on a game it has never seen, while still training on the
+offline games, each weighted by how well its gradient agrees with the target game's (XTRA, 3.2).
+
+    python finetune.py --env-id MsPacmanNoFrameskip-v4 --pretrained runs/student --run-dir runs/xtra-mspacman
+    python finetune.py --env-id AlienNoFrameskip-v4 --save-dataset data/Alien      # from scratch: EfficientZero
+
+In: the run folder of `distill.py`; the offline games come with it. Out: a run folder with the agent (model.pt), its
+evaluations, and with --save-dataset what it collected. Without --pretrained this is the EfficientZero baseline.
+
+Letters: B batch, m offline tasks, K unroll steps, A actions (the 18 ALE ids), R rows of the replay, E environments.
+The x-axis is environment steps, of 4 frames each; there is one update per environment step.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Literal, NamedTuple
+
+import ale_py  # noqa: F401  (importing it registers the games with Gymnasium)
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+import zstandard
+from ale_py.roms import get_rom_path
+from ale_py.vector_env import AtariVectorEnv
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from mcts import VALUE_PREFIX_HORIZON, dirichlet_noise, search
+from model import (
+    EfficientZeroNet,
+    ModelConfig,
+    augment,
+    inference_copy,
+    load_checkpoint,
+    load_manifest,
+    save_checkpoint,
+    scalar_to_support,
+    support_to_scalar,
+    write_file,
+    write_manifest,
+)
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # the name of this experiment
+    seed: int = 1  # seed of the experiment
+    torch_deterministic: bool = True  # whether cuDNN may only use deterministic algorithms
+    cuda: bool = True  # whether to use the GPU; a machine without one runs on the CPU
+    track: bool = False  # whether to mirror the logs to Weights and Biases
+    wandb_project_name: str = "xtra"  # the W&B project
+    wandb_entity: str | None = None  # the W&B entity (team)
+    run_dir: str | None = None  # the folder to write; default runs/{env_id}__{exp_name}__{seed}__{time}
+    capture_video: bool = False  # whether to write a gif of the first game of each evaluation into the run folder
+
+    # Algorithm specific arguments
+    env_id: str = "MsPacmanNoFrameskip-v4"  # the target game
+    total_timesteps: int = 100_000  # environment steps, and updates; 0 evaluates only (zero-shot)
+    extra_updates: int = 0  # updates after the last environment step, at a tenth of the rate (Table 2: 20,000)
+    num_envs: int = 8  # environments that play side by side
+    learning_starts: int = 2_000  # environment steps before the first update; random, or searched if pretrained
+    channels: int | None = None  # channels of the latent; default: the checkpoint's, else 64
+    blocks: int | None = None  # residual blocks per group of the representation network; default: as above, else 1
+    batch_size: int = 256  # samples of the target game per update
+    learning_rate: float = 0.2  # learning rate of SGD after its warm-up over 1 % of the run
+    num_simulations: int = 50  # simulations of a search; 0 acts on the policy head (for zero-shot behaviour cloning)
+    unroll_steps: int = 5  # steps that the model is unrolled in training
+    td_steps: int = 5  # rewards before the bootstrap in a value target; one fewer per 30 % of the run of age
+    eval_every: int = 10_000  # updates between evaluations
+    eval_episodes: int = 32  # games of an evaluation, played side by side
+    eval_max_frames: int = 108_000  # length at which an evaluation game is cut, in frames (1 step = 4 frames)
+    save_dataset: str | None = None  # a new folder for what was collected; input of pretrain_teacher.py
+
+    # Transfer
+    pretrained: str | None = None  # run folder of distill.py; without it the network starts at random
+    teachers: tuple[str, ...] = ()  # run folders of the offline games' teachers; default: those of --pretrained
+    transfer: Literal["hgf", "hg", "h"] = "hgf"  # which pretrained networks to load (Figure 8)
+    freeze_representation: bool = False  # whether h stays as it was loaded (Figure 7b)
+    cross_task: bool = True  # whether to train on the offline games too
+    task_weights: bool = True  # whether eta follows the gradient similarity, else 1
+    paper_loss: bool = False  # Eq. 1, L_T + sum_i eta_i L_i, not the released code's 1/2 (L_T + 1/m sum_i eta_i L_i)
+    offline_batch_size: int = 256  # samples of the offline games per update, shared evenly
+    similarity_interval: int = 5_000  # T, updates between measurements of eta (released code; no number in the paper)
+    similarity_updates: int = 500  # N, updates of one measurement (released code; no number in the paper)
+    similarity_start: int = 10_000  # updates before the first measurement
+    similarity_threshold: float = 0.1  # a gradient cosine above it counts as similar
+
+
+# Copied from pretrain_teacher.py
+def make_writer(args, run_name, run_dir):
+    """TensorBoard in the run folder; with --track, W&B mirrors it."""
+    if args.track:
+        import wandb
+
+        project = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+        wandb.init(**project, sync_tensorboard=True, config=vars(args), name=run_name, save_code=True)
+    writer = SummaryWriter(run_dir)
+    table = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    return writer
+
+
+# --- environment ---
+
+
+# Copied from pretrain_teacher.py
+def atari_rom(env_id):
+    """The ROM of `<Game>NoFrameskip-v4` ("ms_pacman" for MsPacman), or None for an id of another form."""
+    if env_id.startswith("ALE/"):
+        hint = f"use {env_id[4:].split('-')[0]}NoFrameskip-v4"
+        raise SystemExit(f"error: --env-id {env_id} repeats actions at random, which Atari 100k does not; {hint}")
+    match = re.fullmatch(r"(\w+)NoFrameskip-v4", env_id)
+    if match is None:
+        return None
+    spec = gym.registry.get(f"ALE/{match[1]}-v5")
+    if spec is None:
+        raise SystemExit(f"error: --env-id {env_id}: ale-py has no game {match[1]}; write it as in MsPacmanNoFrameskip-v4")
+    return spec.kwargs["game"]
+
+
+# Copied from pretrain_teacher.py
+def make_envs(env_id, num_envs, *, life_loss_ends):
+    """`num_envs` copies of a game; after `reset(seed=s)` copy i plays the games of seed s + i.
+
+    Observations are uint8 [E, 96, 96, 3] after `obs.reshape(E, 96, 96, 3)`, rewards raw, Atari actions the 18 ALE ids. A
+    game is over if truncated, or terminated with 0 lives in the info; the next step ignores its action, pays 0 and
+    returns the first frame of a new game. life_loss_ends: a lost life is `terminated` too, and the game goes on.
+    """
+    if rom := atari_rom(env_id):
+        screen = {"img_height": 96, "img_width": 96, "grayscale": False, "stack_num": 1, "frameskip": 4}
+        off = {"repeat_action_probability": 0.0, "reward_clipping": False, "use_fire_reset": False}
+        # 0 to 30 no-ops start a game. `episodic_life=True` would restart the whole game at each lost life.
+        lives = {"noop_max": 31, "life_loss_info": life_loss_ends, "max_num_frames_per_episode": 108_000}
+        threads = min(num_envs, os.cpu_count() or 1)
+        return AtariVectorEnv(rom, num_envs, num_threads=threads, full_action_space=True, **screen, **off, **lives)
+    try:
+        envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync")
+    except (gym.error.Error, ImportError) as error:
+        reason = " ".join(str(error).split())
+        expected = "expected <Game>NoFrameskip-v4, or module:Env-v0 with the module's folder on PYTHONPATH"
+        raise SystemExit(f"error: --env-id {env_id}: Gymnasium cannot make it ({reason}); {expected}") from None
+    obs, actions = envs.single_observation_space, envs.single_action_space
+    fits = obs.shape == (96, 96, 3) and obs.dtype == np.uint8 and isinstance(actions, gym.spaces.Discrete)
+    if not fits or actions.start != 0 or actions.n > 18:
+        found = " ".join(f"{obs} and {actions}".split())
+        expected = "expected Box(0, 255, (96, 96, 3), uint8) and Discrete(n) with n <= 18; wrap the environment"
+        raise SystemExit(f"error: --env-id {env_id} has {found}; {expected}")
+    return envs
+
+
+# Copied from pretrain_teacher.py
+def legal_actions(env_id):
+    """Which of the 18 ALE ids the game knows, bool [A]: ALE's minimal action set, or the first n of Discrete(n)."""
+    if rom := atari_rom(env_id):
+        ids = [action.value for action in AtariVectorEnv(rom, 1, num_threads=1).ale.get_action_set()]
+    else:
+        ids = range(make_envs(env_id, 1, life_loss_ends=False).single_action_space.n)
+    return np.isin(np.arange(18), ids)
+
+
+# --- data ---
+
+
+LIFE_LOST, GAME_OVER, TIME_LIMIT = 1, 2, 3  # what `Replay.end` says of an episode's last action; all three are terminal
+
+
+# Copied from pretrain_teacher.py
+class Replay:
+    """Flat arrays with one row per frame; E environments side by side.
+
+    Row i holds frame o_t, the action a_t taken on it, the raw reward, and how the episode ended there if it did. Row
+    i + E holds o_t+1. A row that was not acted on holds the last frame of a game, or the newest frame of its stream.
+    """
+
+    def __init__(self, rows, num_envs, device):
+        self.num_envs, self.size = num_envs, 0
+        self.frames = torch.empty(rows, 3, 96, 96, dtype=torch.uint8, device=device)  # [R, 3, 96, 96]
+        self.action = np.zeros(rows, np.int64)  # [R] ALE ids
+        self.reward = np.zeros(rows, np.float32)  # [R] raw: clipped where targets are made
+        self.acted = np.zeros(rows, bool)  # [R]
+        self.end = np.zeros(rows, np.uint8)  # [R] 0, LIFE_LOST, GAME_OVER or TIME_LIMIT
+        self.age = np.zeros(rows, np.int64)  # [R] environment steps since the episode's first frame
+        self.stored_at = np.zeros(rows, np.int64)  # [R] environment steps stored before this one
+        self.priority = np.zeros(rows)  # [R] 0 where not acted
+        self.policy = np.zeros((rows, 18), np.float32)  # [R, A] visit distribution of the latest search of this state
+        self.value = np.zeros(rows, np.float32)  # [R] value head, of the same network
+        self.policy_version = np.zeros(rows, np.int64)  # [R] which target network they come from, counted from 1
+        self.value_version = np.zeros(rows, np.int64)  # [R]
+
+
+def add_frames(replay, frames, age):
+    """Appends one row per environment, not acted on yet: frames uint8 [E, 96, 96, 3], age [E]."""
+    E = replay.num_envs
+    rows = slice(replay.size, replay.size + E)
+    if rows.stop > len(replay.action):  # games of a few steps each have more last frames than the first size foresaw
+        for name, array in vars(replay).items():
+            if isinstance(array, torch.Tensor):
+                setattr(replay, name, torch.cat([array, torch.empty_like(array)]))
+            elif isinstance(array, np.ndarray):
+                setattr(replay, name, np.concatenate([array, np.zeros_like(array)]))
+    replay.frames[rows] = torch.as_tensor(frames).permute(0, 3, 1, 2).to(replay.frames.device)
+    replay.age[rows] = age
+    replay.size += E
+
+
+def save_dataset(folder, replay, meta):
+    """Writes the replay as a dataset folder, whole or not at all (docs/finetune.md, "Datasets").
+
+    The streams of the environments follow one another. meta: what else to say in meta.json, env_id included.
+    """
+    temporary = f"{folder}.tmp"
+    order = np.concatenate([np.arange(env, replay.size, replay.num_envs) for env in range(replay.num_envs)])  # [R]
+    try:
+        os.makedirs(temporary)
+        compressor, offsets = zstandard.ZstdCompressor(level=1), [0]
+        with open(f"{temporary}/frames", "wb") as file:
+            for start in range(0, len(order), 8):
+                frames = replay.frames[order[start : start + 8]].permute(0, 2, 3, 1).contiguous().cpu().numpy()
+                offsets.append(offsets[-1] + file.write(compressor.compress(frames.tobytes())))
+        end = replay.end[order]
+        flags = {"life_lost": end == LIFE_LOST, "terminated": end == GAME_OVER, "truncated": end == TIME_LIMIT}
+        flags |= {"acted": replay.acted[order], "action": replay.action[order].astype(np.uint8)}
+        np.savez(f"{temporary}/steps.npz", chunk_offsets=np.array(offsets), reward=replay.reward[order], **flags)
+        fields = meta | {"rows": replay.size, "env_steps": int(replay.acted.sum())}
+        write_manifest(f"{temporary}/meta.json", "xtra-dataset-1", fields, ["frames", "steps.npz"])
+        os.rename(temporary, folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise SystemExit(f"error: --save-dataset {folder} could not be written ({error}); free some space") from None
+
+
+# Copied from pretrain_teacher.py
+def load_dataset(folder, device):
+    """Reads a dataset folder (docs/finetune.md, "Datasets") -> (Replay with E = 1 and priorities 1, its meta.json).
+
+    Exits with one line if the folder is missing, damaged or of another format version.
+    """
+    meta = load_manifest(f"{folder}/meta.json", "xtra-dataset-1")
+    steps = np.load(f"{folder}/steps.npz", allow_pickle=False)
+    replay = Replay(meta["rows"], 1, device)
+    replay.size = meta["rows"]
+    decompressor, offsets = zstandard.ZstdDecompressor(), steps["chunk_offsets"]
+    with open(f"{folder}/frames", "rb") as file:
+        for i in range(len(offsets) - 1):  # 8 frames a chunk, channel last
+            chunk = np.frombuffer(decompressor.decompress(file.read(offsets[i + 1] - offsets[i])), np.uint8)
+            chunk = torch.tensor(chunk.reshape(-1, 96, 96, 3)).permute(0, 3, 1, 2)
+            replay.frames[8 * i : 8 * i + len(chunk)] = chunk.to(device)
+    replay.action[:], replay.reward[:], replay.acted[:] = steps["action"], steps["reward"], steps["acted"]
+    replay.end[:] = LIFE_LOST * steps["life_lost"] + GAME_OVER * steps["terminated"] + TIME_LIMIT * steps["truncated"]
+    starts = np.ones(meta["rows"], bool)  # an episode starts after an end or after a row that was not acted on
+    starts[1:] = (replay.end[:-1] > 0) & replay.acted[1:] | ~replay.acted[:-1]
+    rows = np.arange(meta["rows"])
+    replay.age[:] = rows - np.maximum.accumulate(np.where(starts, rows, 0))
+    replay.priority[:] = replay.acted
+    return replay, meta
+
+
+# Copied from distill.py
+class Task(NamedTuple):
+    """An offline game: its data and its teacher's answers."""
+
+    env_id: str
+    score: float  # the teacher's mean evaluation return
+    replay: Replay  # its policy and value are the teacher's
+
+
+# Copied from distill.py
+def load_task(folder, device):
+    """Reads a run folder of pretrain_teacher.py and the dataset that it names -> Task.
+
+    Exits with one line if something is missing or damaged, or if teacher and dataset do not belong together.
+    """
+    _, checkpoint = load_checkpoint(f"{folder}/model.pt")
+    meta = load_manifest(f"{folder}/targets.json", "xtra-targets-1")
+    replay, dataset_meta = load_dataset(os.path.join(folder, meta["dataset"]), device)
+    arrays = np.load(f"{folder}/targets.npz", allow_pickle=False)
+    replay.policy[:] = arrays["visits"] / meta["num_simulations"]
+    replay.value[:] = arrays["value"]
+    env_id = dataset_meta["env_id"]
+    score = checkpoint["counters"]["scores"][env_id]
+    return Task(env_id, score, replay)
+
+
+# Copied from pretrain_teacher.py
+def stack_frames(replay, rows):
+    """The network's input at the states `rows` [n]: uint8 [n, 12, 96, 96], oldest frame first.
+
+    Near an episode's start its first frame is repeated, also after a life loss.
+    """
+    back = np.minimum(np.arange(3, -1, -1), replay.age[rows, None])  # [n, 4]
+    return replay.frames[rows[:, None] - back * replay.num_envs].flatten(1, 2)
+
+
+# Copied from pretrain_teacher.py
+def sample(replay, batch_size, beta, rng):
+    """Draws rows without replacement with `P(i) ~ priority_i^0.6` -> rows [B], weights `(N * P(i))^-beta / max` [B]."""
+    probs = replay.priority[: replay.size] ** 0.6  # [R]
+    probs /= probs.sum()
+    rows = rng.choice(replay.size, batch_size, replace=False, p=probs)
+    weight = (np.count_nonzero(probs) * probs[rows]) ** -beta
+    return rows, weight / weight.max()
+
+
+# --- targets ---
+
+# As in the table of pretrain_teacher.py. Target game: fresh searches of the target network. Offline games: the stored
+# visits of their teacher for the policy, and its value for v.
+
+
+# Copied from pretrain_teacher.py
+class Window(NamedTuple):
+    """What follows the sampled rows, J steps ahead; episodes and streams end, so rows are clipped to the last state."""
+
+    rows: np.ndarray  # [B, J+1] row of state t+j
+    exists: np.ndarray  # [B, J+1] bool: action t+j-1 was taken, so there is a frame
+    alive: np.ndarray  # [B, J+1] bool: exists and is not terminal
+
+
+# Copied from pretrain_teacher.py
+def unroll_window(replay, rows, length):
+    """rows [B] -> Window of `length` = J steps."""
+    B = len(rows)
+    window = Window(np.empty((B, length + 1), np.int64), np.ones((B, length + 1), bool), np.ones((B, length + 1), bool))
+    window.rows[:, 0] = rows
+    for j in range(length):
+        row, alive = window.rows[:, j], window.alive[:, j]
+        taken = alive & replay.acted[row]
+        window.rows[:, j + 1] = row + taken * replay.num_envs
+        window.exists[:, j + 1] = taken
+        window.alive[:, j + 1] = taken & (replay.end[row] == 0)
+    return window
+
+
+# Copied from pretrain_teacher.py
+class Targets(NamedTuple):
+    value_prefix: np.ndarray  # [B, K]
+    reward_sum: np.ndarray  # [B, K+1]: sum_{i<n} gamma^i r_k+i
+    bootstrap_rows: np.ndarray  # [B, K+1]: the row of state k+n
+    bootstrap_discount: np.ndarray  # [B, K+1]: gamma^n, 0 if state k+n is terminal
+
+
+# Copied from pretrain_teacher.py
+def make_targets(replay, window, td_steps, unroll_steps, gamma):
+    """Everything of the targets that needs no network. `z = reward_sum + bootstrap_discount * v(bootstrap_rows)`.
+
+    td_steps [B] is per sample; n is td_steps, or fewer where the episode ends (then nothing is bootstrapped) or where
+    a stream's newest frame comes first (then that is bootstrapped from). Rewards are clipped to their sign.
+    """
+    B, K = len(window.rows), unroll_steps
+    taken = window.exists[:, 1:]  # [B, J] action t+j was taken
+    reward = np.sign(replay.reward[window.rows[:, :-1]]) * taken  # [B, J]
+    prefix = np.cumsum(reward[:, :K], axis=1)  # [B, K]
+    for k in range(K, VALUE_PREFIX_HORIZON, -1):  # u_k counts from the last reset of the LSTM on
+        prefix[:, k - 1] -= prefix[:, (k - 1) // VALUE_PREFIX_HORIZON * VALUE_PREFIX_HORIZON - 1]
+    reward_sum, rows, discount = np.zeros((B, K + 1)), np.empty((B, K + 1), np.int64), np.empty((B, K + 1))
+    for k in range(K + 1):
+        n = np.minimum(td_steps, taken[:, k:].sum(axis=1))  # [B]
+        for i in range(td_steps.max()):
+            reward_sum[:, k] += (i < n) * gamma**i * reward[:, k + i]
+        rows[:, k] = window.rows[np.arange(B), k + n]
+        discount[:, k] = gamma**n * window.alive[np.arange(B), k + n]
+    return Targets(prefix, reward_sum, rows, discount)
+
+
+def td_steps_by_age(age, total_timesteps, td_steps):
+    """`clip(td_steps - age // (0.3 * total_timesteps), 1, td_steps)`: the older a sample, the more off-policy its
+    rewards are (EfficientZero's off-policy correction). age [B]: environment steps since it was stored -> [B]."""
+    return np.clip(td_steps - age // max(1, round(0.3 * total_timesteps)), 1, td_steps)
+
+
+# Copied from pretrain_teacher.py
+def run_search(net, obs, legal, num_simulations, rng, noise):
+    """Searches from obs uint8 [n, 12, 96, 96] with legal [n, A] -> SearchResult, value head at the roots [n].
+
+    net: an `inference_copy`. noise: whether to mix Dirichlet noise into the root priors (self-play and reanalyze).
+    """
+    autocast = torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.device.type == "cuda")
+    with torch.no_grad(), autocast:
+        latent, policy_logits, value_logits = net.initial_inference(obs)
+
+        def recurrent(latent, action, lstm_state):
+            latent, lstm_state, prefix, policy, value = net.recurrent_inference(latent, action, lstm_state)
+            return latent, lstm_state, support_to_scalar(prefix), support_to_scalar(value), policy
+
+        result = search(
+            *(recurrent, latent, policy_logits, legal, num_simulations),
+            lstm_size=net.config.lstm_size,
+            noise=dirichlet_noise(rng, legal) if noise else None,
+            seeds=rng.integers(1, 2**63, len(legal), dtype=np.uint64),
+            threads=min(8, os.cpu_count()) if obs.is_cuda else 1,
+        )
+    return result, support_to_scalar(value_logits).cpu().numpy()
+
+
+# Copied from pretrain_teacher.py
+def reanalyze(net, version, replay, window, targets, legal, num_simulations, rng):
+    """Brings the stored policies and values that a batch needs up to the target network `net`, the `version`-th.
+
+    Policies are searched with noise, values are the value head (a search's root value is an option of the released code,
+    off by default). The target network changes every 200 updates only, so a state that comes again before that keeps
+    its target, its noise included. Returns the SearchResult, or None if nothing was stale.
+    """
+    states = window.rows[:, : targets.value_prefix.shape[1] + 1][window.alive[:, : targets.value_prefix.shape[1] + 1]]
+    states = np.unique(states[replay.policy_version[states] != version])  # [n]
+    result = None
+    if len(states):
+        legal = np.repeat(legal[None], len(states), 0)
+        result, replay.value[states] = run_search(net, stack_frames(replay, states), legal, num_simulations, rng, True)
+        replay.policy[states] = result.visits / num_simulations
+        replay.policy_version[states] = replay.value_version[states] = version
+    states = targets.bootstrap_rows[targets.bootstrap_discount > 0]
+    states = np.unique(states[replay.value_version[states] != version])  # [n]
+    if len(states):
+        obs = stack_frames(replay, states)
+        with torch.no_grad(), torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.is_cuda):
+            replay.value[states] = support_to_scalar(net.initial_inference(obs)[2]).cpu().numpy()
+        replay.value_version[states] = version
+    return result
+
+
+# Copied from pretrain_teacher.py
+class Batch(NamedTuple):
+    obs: torch.Tensor  # [B, 12, 96, 96] augmented
+    target_obs: torch.Tensor  # [B, 3 * (K+3), 96, 96] augmented; the stack of o_t+k is channels 3k-3 .. 3k+9
+    action: torch.Tensor  # [B, K]
+    mask: torch.Tensor  # [B, K+1]
+    policy: torch.Tensor  # [B, K+1, A]
+    value: torch.Tensor  # [B, K+1]
+    value_prefix: torch.Tensor  # [B, K]
+    weight: torch.Tensor  # [B] importance weights
+
+
+# Copied from pretrain_teacher.py
+def make_batch(replay, window, targets, weight, rng, generator):
+    """Gathers frames and targets, augments the frames on their device and moves the rest there -> Batch."""
+    K = targets.value_prefix.shape[1]
+    policy = replay.policy[window.rows[:, : K + 1]] * window.alive[:, : K + 1, None]  # [B, K+1, A]
+    value = targets.reward_sum + targets.bootstrap_discount * replay.value[targets.bootstrap_rows]  # [B, K+1]
+    roots, device = window.rows[:, 0], replay.frames.device
+    past = roots[:, None] - np.minimum([3, 2, 1], replay.age[roots, None]) * replay.num_envs  # [B, 3]
+    frames = replay.frames[np.concatenate([past, window.rows[:, : K + 1]], axis=1)]  # [B, K+4, 3, 96, 96]
+    mask = window.exists[:, : K + 1]
+    # Past the end the action is random, as in the reference: masked in every loss, it only enters BN's statistics.
+    action = np.where(mask[:, 1:], replay.action[window.rows[:, :K]], rng.integers(18, size=(len(roots), K)))
+    arrays = [torch.as_tensor(x, dtype=torch.float32) for x in (mask, policy, value, targets.value_prefix, weight)]
+    return Batch(
+        augment(frames[:, :4].flatten(1, 2), generator),
+        augment(frames[:, 1:].flatten(1, 2), generator),
+        torch.as_tensor(action).to(device),
+        *[x.to(device) for x in arrays],
+    )
+
+
+# Copied from distill.py
+def teacher_batch(task, size, unroll_steps, td_steps, gamma, beta, rng, generator):
+    """A batch of one offline task with its teacher's targets: no search, td fixed (XTRA, 3.1) -> rows [size], Batch."""
+    rows, weight = sample(task.replay, size, beta, rng)
+    window = unroll_window(task.replay, rows, unroll_steps + td_steps)
+    targets = make_targets(task.replay, window, np.full(size, td_steps), unroll_steps, gamma)
+    return rows, make_batch(task.replay, window, targets, weight, rng, generator)
+
+
+def temperature_at(update, total):
+    """Self-play samples actions from `visits^(1/T)`, T = 1, then 0.5 from 60 % and 0.25 from 90 % of the run (XTRA)."""
+    return 1.0 if update < 0.6 * total else 0.5 if update < 0.9 * total else 0.25
+
+
+def select_actions(visits, temperature, rng):
+    """Samples one action per row of visits [E, A] with probability `visits^(1/temperature)`, normalised -> [E]."""
+    probs = (visits / visits.max(axis=1, keepdims=True)) ** (1 / temperature)
+    cumulative = np.cumsum(probs, axis=1)
+    return (cumulative < rng.random((len(visits), 1)) * cumulative[:, -1:]).sum(axis=1)
+
+
+# --- loss ---
+
+
+# Copied from pretrain_teacher.py
+def cross_entropy(logits, target_probs):
+    """`-sum_i target_i * log_softmax(logits)_i` over the last axis: [B, n] -> [B], float32."""
+    return -(target_probs * F.log_softmax(logits.float(), dim=-1)).sum(-1)
+
+
+# Copied from pretrain_teacher.py
+def unroll_loss(net, batch):
+    """The EfficientZero loss (XTRA, Eq. 3 with cross-entropies and a cosine, as in the released code).
+
+    Returns per sample [B]: the total `value_prefix + policy + 0.25 * value + 2 * consistency`, each term (sums over the
+    unroll, before coefficient and importance weight), and the priority `|value_0 - z_0| + 1e-6`.
+    Steps past the end are masked, so only true states are learned from.
+    """
+    B, K = batch.action.shape
+    support = net.config.support
+    latent, policy_logits, value_logits = net.initial_inference(batch.obs)
+    lstm_state = net.initial_lstm_state(B, latent)
+    priority = (support_to_scalar(value_logits.detach()) - batch.value[:, 0]).abs() + 1e-6
+    value_code, prefix_code = scalar_to_support(batch.value, support), scalar_to_support(batch.value_prefix, support)
+    policy = cross_entropy(policy_logits, batch.policy[:, 0])
+    value = cross_entropy(value_logits, value_code[:, 0])
+    value_prefix, consistency = torch.zeros_like(value), torch.zeros_like(value)
+    for k in range(1, K + 1):
+        latent, lstm_state, prefix_logits, policy_logits, value_logits = net.recurrent_inference(
+            latent, batch.action[:, k - 1], lstm_state
+        )
+        with torch.no_grad():  # f runs here for its batch norm statistics only, as in the reference
+            target_latent = net.initial_inference(batch.target_obs[:, 3 * k - 3 : 3 * k + 9])[0]
+            target = net.projector(target_latent).float()
+        online = net.predictor(net.projector(latent)).float()
+        mask = batch.mask[:, k]  # [B]
+        policy += mask * cross_entropy(policy_logits, batch.policy[:, k])
+        value += mask * cross_entropy(value_logits, value_code[:, k])
+        value_prefix += mask * cross_entropy(prefix_logits, prefix_code[:, k - 1])
+        consistency -= mask * F.cosine_similarity(online, target, dim=-1, eps=1e-5)
+        if k % VALUE_PREFIX_HORIZON == 0:
+            lstm_state = net.initial_lstm_state(B, latent)
+    terms = {"value_prefix": value_prefix, "policy": policy, "value": value, "consistency": consistency}
+    return value_prefix + policy + 0.25 * value + 2.0 * consistency, terms, priority
+
+
+def combine_losses(target_loss, task_losses, eta, paper_loss):
+    """Target and offline losses to one (each the mean over its own samples; task_losses [m], eta [m]).
+
+    Released code: `1/2 * (L_T + 1/m * sum_i eta_i * L_i)`: with all L = 1 and m = 4, eta = (1, 0, 0, 0) gives 0.625.
+    `paper_loss`: `L_T + sum_i eta_i * L_i` (XTRA, Eq. 1), m times the weight on the offline games relative to it.
+    """
+    if len(task_losses) == 0:
+        return target_loss
+    if paper_loss:
+        return target_loss + (eta * task_losses).sum()
+    return 0.5 * (target_loss + (eta * task_losses).mean())
+
+
+def gradient_cosines(target_loss, task_losses, parameters):
+    """`Sim_i = <G_T, G_i> / (|G_T| |G_i|)` (XTRA, Eq. 2) for each of task_losses [m] -> [m]. Changes no parameter.
+
+    As in the released code the gradients are over all parameters and clamped to [-5, 5] element by element. The task
+    weight is the share of measurements above the threshold: 120 cosines of 500 above 0.1 give eta = 0.24 (Appendix B).
+    """
+
+    def flat_gradient(loss):
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+        return torch.cat([gradient.flatten() for gradient in gradients]).clamp(-5, 5)
+
+    target = flat_gradient(target_loss)
+    return torch.stack([F.cosine_similarity(target, flat_gradient(loss), dim=0) for loss in task_losses])
+
+
+# Copied from pretrain_teacher.py
+def learning_rate_at(update, total, base):
+    """Warm-up over 1 % of the run from exactly 0, then `base`, and a tenth of it from 101 % on (EfficientZero)."""
+    warm_up = total // 100
+    return base * update / warm_up if update < warm_up else base * 0.1 ** ((update - warm_up) // total)
+
+
+# --- evaluation ---
+
+
+# Copied from pretrain_teacher.py
+def evaluate(net, env_id, episodes, max_frames, num_simulations, device, movie=None):
+    """Plays `episodes` whole games side by side (seeds 0, 1, ..., full lives, no noise, the most visited action or the
+    lowest of several) -> raw returns [episodes], lengths in environment steps [episodes].
+
+    num_simulations 0 acts on the policy head alone. movie: a list that gets the first game's frames.
+    """
+    envs, rng = make_envs(env_id, episodes, life_loss_ends=False), np.random.default_rng(0)
+    legal = np.repeat(legal_actions(env_id)[None], episodes, 0)  # [E, A]
+    frames = envs.reset(seed=0)[0].reshape(episodes, 96, 96, 3)
+    stack = torch.as_tensor(frames).permute(0, 3, 1, 2).repeat(1, 4, 1, 1).to(device)  # [E, 12, 96, 96]
+    returns, lengths, active = np.zeros(episodes), np.zeros(episodes, np.int64), np.arange(episodes)
+    while len(active):
+        action = np.zeros(episodes, np.int64)  # finished games leave the search; their actions do not matter
+        if num_simulations:
+            result, _ = run_search(net, stack[active], legal[active], num_simulations, rng, noise=False)
+            action[active] = result.visits.argmax(axis=1)
+        else:
+            with torch.no_grad():
+                logits = net.initial_inference(stack[active])[1].float().cpu().numpy()  # [n, A]
+            action[active] = np.where(legal[active], logits, -np.inf).argmax(axis=1)
+        if movie is not None and 0 in active:
+            movie.append(frames[0].copy())
+        frames, reward, terminated, truncated, _ = envs.step(action)
+        frames = frames.reshape(episodes, 96, 96, 3)
+        stack = torch.cat([stack[:, 3:], torch.as_tensor(frames).permute(0, 3, 1, 2).to(device)], dim=1)
+        returns[active] += reward[active]
+        lengths[active] += 1
+        active = active[~(terminated | truncated | (lengths >= max_frames // 4))[active]]
+    envs.close()
+    return returns, lengths
+
+
+# Copied from pretrain_teacher.py
+def log_evaluation(run_dir, writer, env_id, env_steps, updates, returns, lengths, suffix=""):
+    """Appends one line per game to evaluations.csv and the means to TensorBoard."""
+    path = f"{run_dir}/evaluations.csv"
+    header = "" if os.path.exists(path) else "env_steps,updates,episode,return,length,env_id\n"
+    games = enumerate(zip(returns.tolist(), lengths.tolist(), strict=True))
+    with open(path, "a") as file:
+        file.write(header + "".join(f"{env_steps},{updates},{i},{r},{length},{env_id}\n" for i, (r, length) in games))
+    writer.add_scalar("eval/episodic_return" + suffix, returns.mean(), updates)
+    writer.add_scalar("eval/episodic_length" + suffix, lengths.mean(), updates)
+    tqdm.write(f"updates={updates}, env_id={env_id}, evaluation return={returns.mean():.1f} (std {returns.std():.1f})")
+
+
+def save_gif(path, frames):
+    """Writes a list of uint8 frames [96, 96, 3] as a gif of 15 frames a second, three times as large."""
+    images = [Image.fromarray(frame).resize((288, 288), Image.NEAREST) for frame in frames]
+    options = {"save_all": True, "append_images": images[1:], "duration": 67, "loop": 0}
+    write_file(path, lambda file: images[0].save(file, "GIF", **options))
+
+
+# Copied from pretrain_teacher.py
+def log_search(writer, result, step):
+    """Health of a search: mean root value, entropy of the visits in nats, depth of the deepest leaf."""
+    visits = result.visits / result.visits.sum(axis=1, keepdims=True)  # [n, A]
+    writer.add_scalar("search/root_value", result.root_value.mean(), step)
+    writer.add_scalar("search/visit_entropy", -(visits * np.log(visits + 1e-12)).sum(axis=1).mean(), step)
+    writer.add_scalar("search/max_depth", result.depth.max(), step)
+
+
+# Copied from pretrain_teacher.py
+def check_args(args, may_be_zero=()):
+    """Exits with one line if a number is negative, or zero where that makes no sense."""
+    for name, value in vars(args).items():
+        lowest = 0 if name in may_be_zero else 1
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, int) and not isinstance(value, bool) and value < lowest:
+            raise SystemExit(f"error: {flag} is {value}, expected {lowest} or more")
+        if isinstance(value, float) and not 0 <= value < float("inf"):
+            raise SystemExit(f"error: {flag} is {value}, expected a number of 0 or more")
+    if args.run_dir and os.path.exists(os.path.join(args.run_dir, "evaluations.csv")):
+        raise SystemExit(f"error: --run-dir {args.run_dir} holds a run already; choose another folder or remove it")
+
+
+def load_networks(args, device):
+    """The network to start from -> (net, run folders of the offline games' teachers).
+
+    --pretrained loads all of it, or with --transfer hg only h and g, with h only h; the rest starts at random. The SimSiam
+    heads compare what g predicts with what h sees: they come along with both.
+    """
+    if args.pretrained is None:
+        config = ModelConfig.of_width(args.channels or 64, args.blocks or 1)
+        return EfficientZeroNet(config).to(device), args.teachers
+    pretrained, checkpoint = load_checkpoint(f"{args.pretrained}/model.pt", device)
+    for name in ("channels", "blocks"):
+        found, asked = getattr(pretrained.config, name), getattr(args, name)
+        if asked not in (None, found):
+            raise SystemExit(f"error: --{name} {asked}, but --pretrained {args.pretrained} has {found}; drop the flag")
+    teachers = [os.path.join(args.pretrained, folder) for folder in checkpoint["args"].get("teachers", ())]
+    if args.cross_task and args.total_timesteps and not (args.teachers or teachers):
+        raise SystemExit(f"error: --pretrained {args.pretrained} names no teachers; give --teachers or --no-cross-task")
+    net = EfficientZeroNet(pretrained.config).to(device)
+    parts = {"hgf": ("representation", "dynamics", "prediction", "projector", "predictor"), "h": ("representation",)}
+    parts["hg"] = ("representation", "dynamics", "projector", "predictor")
+    for part in parts[args.transfer]:
+        getattr(net, part).load_state_dict(getattr(pretrained, part).state_dict())
+    return net, args.teachers or teachers
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    check_args(args, may_be_zero=("seed", "total_timesteps", "extra_updates", "num_simulations", "learning_starts"))
+    if args.num_simulations == 0 and args.total_timesteps:
+        raise SystemExit("error: --num-simulations 0 only evaluates; training searches, give 1 or more")
+    if args.total_timesteps and args.learning_starts < args.batch_size:
+        raise SystemExit(f"error: --learning-starts {args.learning_starts} < --batch-size {args.batch_size}; raise it")
+    if args.teachers and not args.cross_task:
+        raise SystemExit("error: --teachers are not used with --no-cross-task; leave one of the two out")
+    if args.save_dataset and os.path.exists(args.save_dataset):
+        raise SystemExit(f"error: --save-dataset {args.save_dataset} exists; choose a new folder")
+    if args.freeze_representation and not args.pretrained:
+        raise SystemExit("error: --freeze-representation without --pretrained would freeze random weights; give one")
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+
+    # TRY NOT TO MODIFY: seeding
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    rng = np.random.default_rng(args.seed)  # sampling, search, noise and self-play
+    generator = torch.Generator(device).manual_seed(args.seed)  # augmentation
+
+    # agent and data setup
+    legal = legal_actions(args.env_id)  # [A]
+    net, teachers = load_networks(args, device)
+    training = args.total_timesteps > 0
+    tasks = [load_task(folder, device) for folder in teachers] if args.cross_task and training else []
+    m = len(tasks)
+    env_ids = [task.env_id for task in tasks]
+    if args.env_id in env_ids:
+        raise SystemExit(f"error: --env-id {args.env_id} is one of the offline games; choose a game that is not")
+    if m and args.offline_batch_size % m:
+        raise SystemExit(f"error: --offline-batch-size {args.offline_batch_size} is not a multiple of the {m} games")
+    share = args.offline_batch_size // m if m else 0
+    for task in tasks:
+        if np.count_nonzero(task.replay.acted) < share:
+            raise SystemExit(f"error: {task.env_id}'s dataset has fewer than {share} steps; lower --offline-batch-size")
+
+    run_name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = args.run_dir or f"runs/{run_name}"
+    writer = make_writer(args, run_name, run_dir)
+    net = net.to(memory_format=torch.channels_last).train()
+    if args.freeze_representation:
+        net.representation.requires_grad_(False).eval()  # its batch norm statistics stay too
+    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4)
+    self_play_net = target_net = next_target_net = inference_copy(net)
+    gamma = 0.997**4  # per environment step
+    total_updates = args.total_timesteps + args.extra_updates if training else 0
+    log_every = max(1, min(100, args.total_timesteps // 100))  # updates
+    eta = torch.ones(m, device=device)  # task weights
+    similar, measured = torch.zeros(m, device=device), 0  # counters of one measurement
+
+    # env setup
+    envs = make_envs(args.env_id, args.num_envs, life_loss_ends=True)
+    replay = Replay(args.total_timesteps * 9 // 8 + 2 * args.num_envs, args.num_envs, device)
+    frames = envs.reset(seed=args.seed)[0].reshape(args.num_envs, 96, 96, 3)
+    add_frames(replay, frames, age=np.zeros(args.num_envs))
+    over = np.zeros(args.num_envs, bool)  # the newest frame is a game's last one, and the next step only resets
+    game_return, game_length = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)
+
+    # TRY NOT TO MODIFY: start the game
+    env_steps = updates = 0
+    start_time = time.time()
+    bar = tqdm(total=total_updates, unit="update", dynamic_ncols=True)
+    while True:
+        if updates % args.eval_every == 0 or updates == total_updates:
+            movie = [] if args.capture_video else None
+            settings = args.eval_episodes, args.eval_max_frames, args.num_simulations
+            returns, lengths = evaluate(inference_copy(net), args.env_id, *settings, device, movie)
+            log_evaluation(run_dir, writer, args.env_id, env_steps, updates, returns, lengths)
+            bar.set_postfix(episodic_return=f"{returns.mean():.1f}")
+            if movie:
+                save_gif(f"{run_dir}/video-{updates}.gif", movie)
+        if updates == total_updates:
+            break
+
+        while env_steps < args.total_timesteps and env_steps < max(args.learning_starts, updates + 1):
+            # ALGO LOGIC: put action logic here
+            rows = np.arange(replay.size - args.num_envs, replay.size)  # the newest frame of each environment
+            if args.pretrained is None and env_steps < args.learning_starts:
+                action = rng.choice(np.flatnonzero(legal), args.num_envs)
+            else:
+                legal_rows = np.repeat(legal[None], args.num_envs, 0)
+                obs = stack_frames(replay, rows)
+                result, _ = run_search(self_play_net, obs, legal_rows, args.num_simulations, rng, noise=True)
+                action = select_actions(result.visits, temperature_at(updates, args.total_timesteps), rng)
+                if env_steps % (log_every * args.num_envs) < args.num_envs:
+                    log_search(writer, result, env_steps)
+
+            # TRY NOT TO MODIFY: execute the game and log data.
+            frames, reward, terminated, truncated, info = envs.step(action)
+            lives = info.get("lives", np.zeros(args.num_envs))
+            end = np.select([truncated, terminated & (lives > 0), terminated], [TIME_LIMIT, LIFE_LOST, GAME_OVER], 0)
+            acted = ~over  # the step after a game's last frame only resets: its action and reward are void
+            acted &= env_steps + np.cumsum(acted) <= args.total_timesteps
+            replay.action[rows], replay.reward[rows], replay.acted[rows] = action, reward, acted
+            replay.end[rows], replay.stored_at[rows] = end * acted, env_steps + np.cumsum(acted) - 1
+            replay.priority[rows] = acted * (replay.priority[: replay.size].max() or 1.0)  # the current maximum
+            age = np.where(over | (end == LIFE_LOST), 0, replay.age[rows] + 1)
+            add_frames(replay, frames.reshape(args.num_envs, 96, 96, 3), age)
+            env_steps += int(acted.sum())
+            game_return, game_length = game_return + reward * acted, game_length + acted
+            over = ~over & np.isin(end, (GAME_OVER, TIME_LIMIT))
+            for env in np.flatnonzero(over):
+                writer.add_scalar("charts/episodic_return", game_return[env], env_steps)
+                writer.add_scalar("charts/episodic_length", game_length[env], env_steps)
+                game_return[env] = game_length[env] = 0
+
+        # ALGO LOGIC: training.
+        if updates % 100 == 0:
+            self_play_net = inference_copy(net)
+        if updates % 200 == 0:  # the target network is the network of 200 to 400 updates ago
+            target_net, next_target_net = next_target_net, inference_copy(net)
+        beta = 0.4 + 0.6 * min(1.0, updates / (1.2 * args.total_timesteps))
+        rows, weight = sample(replay, args.batch_size, beta, rng)
+        window = unroll_window(replay, rows, args.unroll_steps + args.td_steps)
+        td_steps = td_steps_by_age(env_steps - replay.stored_at[rows], args.total_timesteps, args.td_steps)
+        targets = make_targets(replay, window, td_steps, args.unroll_steps, gamma)
+        reanalyze(target_net, updates // 200 + 1, replay, window, targets, legal, args.num_simulations, rng)
+        drawn, batches = [], [make_batch(replay, window, targets, weight, rng, generator)]
+        for task in tasks:
+            task_rows, task_batch = teacher_batch(
+                task, share, args.unroll_steps, args.td_steps, gamma, beta, rng, generator
+            )
+            drawn.append(task_rows)
+            batches.append(task_batch)
+        batch = Batch(*[torch.cat(tensors) for tensors in zip(*batches, strict=True)])  # [B + m * share, ...]
+
+        # One forward over the mixed batch: batch norm sees half target game, half offline games.
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            total, terms, priority = unroll_loss(net, batch)
+        weighted = batch.weight * total / args.unroll_steps
+        target_loss = weighted[: args.batch_size].mean()
+        task_losses = weighted[args.batch_size :].view(m, share).mean(dim=1)  # [m]
+        if m and args.task_weights and updates >= args.similarity_start:
+            phase = updates % args.similarity_interval
+            if phase < args.similarity_updates:
+                cosines = gradient_cosines(target_loss, task_losses, parameters)
+                similar, measured = similar + (cosines > args.similarity_threshold), measured + 1
+                for env_id, cosine in zip(env_ids, cosines.tolist(), strict=True):
+                    writer.add_scalar(f"transfer/grad_cosine/{env_id}", cosine, updates)
+            if phase == args.similarity_updates % args.similarity_interval and measured:
+                eta, similar, measured = similar / measured, torch.zeros(m, device=device), 0
+        loss = combine_losses(target_loss, task_losses, eta, args.paper_loss)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(updates, args.total_timesteps, args.learning_rate)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 5.0)
+        optimizer.step()
+        priority = priority.cpu().numpy()
+        replay.priority[rows] = priority[: args.batch_size]
+        for task, task_rows, new in zip(tasks, drawn, priority[args.batch_size :].reshape(m, share), strict=True):
+            task.replay.priority[task_rows] = new
+
+        if updates % log_every == 0:
+            writer.add_scalar("losses/loss", loss.item() * args.unroll_steps, updates)
+            for name, term in terms.items():
+                writer.add_scalar(f"losses/{name}_loss", term[: args.batch_size].mean().item(), updates)
+                means = term[args.batch_size :].view(m, share).mean(dim=1).tolist()
+                for env_id, mean in zip(env_ids, means, strict=True):
+                    writer.add_scalar(f"losses/{name}_loss/{env_id}", mean, updates)
+            for env_id, weight in zip(env_ids, eta.tolist(), strict=True):
+                writer.add_scalar(f"transfer/task_weight/{env_id}", weight, updates)
+            writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], updates)
+            writer.add_scalar("charts/beta", beta, updates)
+            writer.add_scalar("charts/temperature", temperature_at(updates, args.total_timesteps), updates)
+            writer.add_scalar("charts/updates", updates, updates)
+            writer.add_scalar("charts/SPS", int(env_steps / (time.time() - start_time)), updates)
+        updates += 1
+        bar.update()
+    bar.close()
+
+    # save the agent and what it collected
+    counters = {"updates": updates, "env_steps": env_steps, "scores": {args.env_id: float(returns.mean())}}
+    saved_args = vars(args) | {"teachers": [os.path.relpath(folder, run_dir) for folder in teachers]}
+    save_checkpoint(f"{run_dir}/model.pt", net, saved_args, [args.env_id, *env_ids], counters)
+    envs.close()
+    writer.close()
+    if args.save_dataset:
+        versions = {name: version(name) for name in ("ale-py", "gymnasium", "numpy", "torch")}
+        settings = {"frame": [96, 96, 3], "frameskip": 4, "sticky_actions": 0.0, "num_envs": args.num_envs}
+        rom = atari_rom(args.env_id)
+        rom_md5 = hashlib.md5(get_rom_path(rom).read_bytes()).hexdigest() if rom else None
+        meta = {"env_id": args.env_id, "seed": args.seed, "policy": f"{run_dir}/model.pt", "settings": settings}
+        save_dataset(args.save_dataset, replay, meta | {"rom_md5": rom_md5, "versions": versions})
+        print(f"{args.save_dataset}: dataset saved. Next: python pretrain_teacher.py --datasets {args.save_dataset}")
+    print(f"{run_dir}: agent saved. Next: tensorboard --logdir {run_dir}")

@@ -1,0 +1,586 @@
+# docs: docs/pretrain_teacher.md
+"""Stage 1a of XTRA: a teacher, which is EfficientZero trained offline on the fixed dataset of one game (XTRA, 3.1).
+
+    python pretrain_teacher.py --datasets data/Alien --run-dir runs/teacher-alien
+
+In: a dataset folder that `finetune.py --save-dataset` wrote. Out: a run folder with the teacher (model.pt) and, for every
+state of the dataset, the teacher's search policy and value (targets.npz): what `distill.py` and `finetune.py` learn from.
+Several datasets train one model on all of them with its own targets: the multi-game baseline of XTRA's Appendix C.
+
+Letters: B batch, K unroll steps, A actions (the 18 ALE ids), R rows of the replay, E environments, S support atoms.
+The x-axis is updates; there are no environment steps outside evaluation.
+"""
+
+import os
+import re
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import ale_py  # noqa: F401  (importing it registers the games with Gymnasium)
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+import zstandard
+from ale_py.vector_env import AtariVectorEnv
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from mcts import VALUE_PREFIX_HORIZON, dirichlet_noise, search
+from model import (
+    EfficientZeroNet,
+    ModelConfig,
+    augment,
+    inference_copy,
+    load_manifest,
+    save_checkpoint,
+    scalar_to_support,
+    support_to_scalar,
+    write_file,
+    write_manifest,
+)
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # the name of this experiment
+    seed: int = 1  # seed of the experiment
+    torch_deterministic: bool = True  # whether cuDNN may only use deterministic algorithms
+    cuda: bool = True  # whether to use the GPU; a machine without one runs on the CPU
+    track: bool = False  # whether to mirror the logs to Weights and Biases
+    wandb_project_name: str = "xtra"  # the W&B project
+    wandb_entity: str | None = None  # the W&B entity (team)
+    run_dir: str | None = None  # the folder to write; default runs/{env_id}__{exp_name}__{seed}__{time}
+
+    # Algorithm specific arguments
+    datasets: tuple[str, ...] = ()  # dataset folders: one for a teacher, several for the baseline of Appendix C
+    num_updates: int = 100_000  # gradient updates (not in the paper: our choice)
+    channels: int = 64  # channels of the latent; LSTM and projector scale with them
+    blocks: int = 4  # residual blocks per group of the representation network (1: EfficientZero; 4: -L and XTRA)
+    batch_size: int = 256  # samples per update, shared evenly among the datasets
+    learning_rate: float = 0.2  # learning rate of SGD after its warm-up over 1 % of the updates
+    num_simulations: int = 50  # simulations of a search
+    unroll_steps: int = 5  # steps that the model is unrolled in training
+    td_steps: int = 5  # rewards before the bootstrap in a value target
+    eval_every: int = 10_000  # updates between evaluations
+    eval_episodes: int = 32  # games of an evaluation, played side by side
+    eval_max_frames: int = 108_000  # length at which an evaluation game is cut, in frames (1 step = 4 frames)
+
+
+def make_writer(args, run_name, run_dir):
+    """TensorBoard in the run folder; with --track, W&B mirrors it."""
+    if args.track:
+        import wandb
+
+        project = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+        wandb.init(**project, sync_tensorboard=True, config=vars(args), name=run_name, save_code=True)
+    writer = SummaryWriter(run_dir)
+    table = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    return writer
+
+
+# --- environment ---
+
+
+def atari_rom(env_id):
+    """The ROM of `<Game>NoFrameskip-v4` ("ms_pacman" for MsPacman), or None for an id of another form."""
+    if env_id.startswith("ALE/"):
+        hint = f"use {env_id[4:].split('-')[0]}NoFrameskip-v4"
+        raise SystemExit(f"error: --env-id {env_id} repeats actions at random, which Atari 100k does not; {hint}")
+    match = re.fullmatch(r"(\w+)NoFrameskip-v4", env_id)
+    if match is None:
+        return None
+    spec = gym.registry.get(f"ALE/{match[1]}-v5")
+    if spec is None:
+        raise SystemExit(f"error: --env-id {env_id}: ale-py has no game {match[1]}; write it as in MsPacmanNoFrameskip-v4")
+    return spec.kwargs["game"]
+
+
+def make_envs(env_id, num_envs, *, life_loss_ends):
+    """`num_envs` copies of a game; after `reset(seed=s)` copy i plays the games of seed s + i.
+
+    Observations are uint8 [E, 96, 96, 3] after `obs.reshape(E, 96, 96, 3)`, rewards raw, Atari actions the 18 ALE ids. A
+    game is over if truncated, or terminated with 0 lives in the info; the next step ignores its action, pays 0 and
+    returns the first frame of a new game. life_loss_ends: a lost life is `terminated` too, and the game goes on.
+    """
+    if rom := atari_rom(env_id):
+        screen = {"img_height": 96, "img_width": 96, "grayscale": False, "stack_num": 1, "frameskip": 4}
+        off = {"repeat_action_probability": 0.0, "reward_clipping": False, "use_fire_reset": False}
+        # 0 to 30 no-ops start a game. `episodic_life=True` would restart the whole game at each lost life.
+        lives = {"noop_max": 31, "life_loss_info": life_loss_ends, "max_num_frames_per_episode": 108_000}
+        threads = min(num_envs, os.cpu_count() or 1)
+        return AtariVectorEnv(rom, num_envs, num_threads=threads, full_action_space=True, **screen, **off, **lives)
+    try:
+        envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync")
+    except (gym.error.Error, ImportError) as error:
+        reason = " ".join(str(error).split())
+        expected = "expected <Game>NoFrameskip-v4, or module:Env-v0 with the module's folder on PYTHONPATH"
+        raise SystemExit(f"error: --env-id {env_id}: Gymnasium cannot make it ({reason}); {expected}") from None
+    obs, actions = envs.single_observation_space, envs.single_action_space
+    fits = obs.shape == (96, 96, 3) and obs.dtype == np.uint8 and isinstance(actions, gym.spaces.Discrete)
+    if not fits or actions.start != 0 or actions.n > 18:
+        found = " ".join(f"{obs} and {actions}".split())
+        expected = "expected Box(0, 255, (96, 96, 3), uint8) and Discrete(n) with n <= 18; wrap the environment"
+        raise SystemExit(f"error: --env-id {env_id} has {found}; {expected}")
+    return envs
+
+
+def legal_actions(env_id):
+    """Which of the 18 ALE ids the game knows, bool [A]: ALE's minimal action set, or the first n of Discrete(n)."""
+    if rom := atari_rom(env_id):
+        ids = [action.value for action in AtariVectorEnv(rom, 1, num_threads=1).ale.get_action_set()]
+    else:
+        ids = range(make_envs(env_id, 1, life_loss_ends=False).single_action_space.n)
+    return np.isin(np.arange(18), ids)
+
+
+# --- data ---
+
+
+LIFE_LOST, GAME_OVER, TIME_LIMIT = 1, 2, 3  # what `Replay.end` says of an episode's last action; all three are terminal
+
+
+class Replay:
+    """Flat arrays with one row per frame; E environments side by side.
+
+    Row i holds frame o_t, the action a_t taken on it, the raw reward, and how the episode ended there if it did. Row
+    i + E holds o_t+1. A row that was not acted on holds the last frame of a game, or the newest frame of its stream.
+    """
+
+    def __init__(self, rows, num_envs, device):
+        self.num_envs, self.size = num_envs, 0
+        self.frames = torch.empty(rows, 3, 96, 96, dtype=torch.uint8, device=device)  # [R, 3, 96, 96]
+        self.action = np.zeros(rows, np.int64)  # [R] ALE ids
+        self.reward = np.zeros(rows, np.float32)  # [R] raw: clipped where targets are made
+        self.acted = np.zeros(rows, bool)  # [R]
+        self.end = np.zeros(rows, np.uint8)  # [R] 0, LIFE_LOST, GAME_OVER or TIME_LIMIT
+        self.age = np.zeros(rows, np.int64)  # [R] environment steps since the episode's first frame
+        self.stored_at = np.zeros(rows, np.int64)  # [R] environment steps stored before this one
+        self.priority = np.zeros(rows)  # [R] 0 where not acted
+        self.policy = np.zeros((rows, 18), np.float32)  # [R, A] visit distribution of the latest search of this state
+        self.value = np.zeros(rows, np.float32)  # [R] value head, of the same network
+        self.policy_version = np.zeros(rows, np.int64)  # [R] which target network they come from, counted from 1
+        self.value_version = np.zeros(rows, np.int64)  # [R]
+
+
+def load_dataset(folder, device):
+    """Reads a dataset folder (docs/finetune.md, "Datasets") -> (Replay with E = 1 and priorities 1, its meta.json).
+
+    Exits with one line if the folder is missing, damaged or of another format version.
+    """
+    meta = load_manifest(f"{folder}/meta.json", "xtra-dataset-1")
+    steps = np.load(f"{folder}/steps.npz", allow_pickle=False)
+    replay = Replay(meta["rows"], 1, device)
+    replay.size = meta["rows"]
+    decompressor, offsets = zstandard.ZstdDecompressor(), steps["chunk_offsets"]
+    with open(f"{folder}/frames", "rb") as file:
+        for i in range(len(offsets) - 1):  # 8 frames a chunk, channel last
+            chunk = np.frombuffer(decompressor.decompress(file.read(offsets[i + 1] - offsets[i])), np.uint8)
+            chunk = torch.tensor(chunk.reshape(-1, 96, 96, 3)).permute(0, 3, 1, 2)
+            replay.frames[8 * i : 8 * i + len(chunk)] = chunk.to(device)
+    replay.action[:], replay.reward[:], replay.acted[:] = steps["action"], steps["reward"], steps["acted"]
+    replay.end[:] = LIFE_LOST * steps["life_lost"] + GAME_OVER * steps["terminated"] + TIME_LIMIT * steps["truncated"]
+    starts = np.ones(meta["rows"], bool)  # an episode starts after an end or after a row that was not acted on
+    starts[1:] = (replay.end[:-1] > 0) & replay.acted[1:] | ~replay.acted[:-1]
+    rows = np.arange(meta["rows"])
+    replay.age[:] = rows - np.maximum.accumulate(np.where(starts, rows, 0))
+    replay.priority[:] = replay.acted
+    return replay, meta
+
+
+def stack_frames(replay, rows):
+    """The network's input at the states `rows` [n]: uint8 [n, 12, 96, 96], oldest frame first.
+
+    Near an episode's start its first frame is repeated, also after a life loss.
+    """
+    back = np.minimum(np.arange(3, -1, -1), replay.age[rows, None])  # [n, 4]
+    return replay.frames[rows[:, None] - back * replay.num_envs].flatten(1, 2)
+
+
+def sample(replay, batch_size, beta, rng):
+    """Draws rows without replacement with `P(i) ~ priority_i^0.6` -> rows [B], weights `(N * P(i))^-beta / max` [B]."""
+    probs = replay.priority[: replay.size] ** 0.6  # [R]
+    probs /= probs.sum()
+    rows = rng.choice(replay.size, batch_size, replace=False, p=probs)
+    weight = (np.count_nonzero(probs) * probs[rows]) ** -beta
+    return rows, weight / weight.max()
+
+
+# --- targets ---
+
+#   t             0     1     2     3        K = 3 unroll steps from the sampled row t
+#   frame         o0    o1    o2    o3       o0 -> h; o1.. only as targets of the consistency loss
+#   action        a0    a1    a2             a_k drives the dynamics from state k to state k + 1
+#   mask          1     m1    m2    m3       m_k = 1 if action k - 1 was taken: the terminal state itself still counts
+#   policy        p0    p1    p2    p3       search of the target network; all zero at a terminal state: no loss
+#   value         z0    z1    z2    z3       z_k = sum_{i<n} gamma^i r_k+i + gamma^n v_k+n; 0 at a terminal state
+#   value prefix        u1    u2    u3       u_k = r_0 + ... + r_k-1, undiscounted; starts again every 5 steps
+
+
+class Window(NamedTuple):
+    """What follows the sampled rows, J steps ahead; episodes and streams end, so rows are clipped to the last state."""
+
+    rows: np.ndarray  # [B, J+1] row of state t+j
+    exists: np.ndarray  # [B, J+1] bool: action t+j-1 was taken, so there is a frame
+    alive: np.ndarray  # [B, J+1] bool: exists and is not terminal
+
+
+def unroll_window(replay, rows, length):
+    """rows [B] -> Window of `length` = J steps."""
+    B = len(rows)
+    window = Window(np.empty((B, length + 1), np.int64), np.ones((B, length + 1), bool), np.ones((B, length + 1), bool))
+    window.rows[:, 0] = rows
+    for j in range(length):
+        row, alive = window.rows[:, j], window.alive[:, j]
+        taken = alive & replay.acted[row]
+        window.rows[:, j + 1] = row + taken * replay.num_envs
+        window.exists[:, j + 1] = taken
+        window.alive[:, j + 1] = taken & (replay.end[row] == 0)
+    return window
+
+
+class Targets(NamedTuple):
+    value_prefix: np.ndarray  # [B, K]
+    reward_sum: np.ndarray  # [B, K+1]: sum_{i<n} gamma^i r_k+i
+    bootstrap_rows: np.ndarray  # [B, K+1]: the row of state k+n
+    bootstrap_discount: np.ndarray  # [B, K+1]: gamma^n, 0 if state k+n is terminal
+
+
+def make_targets(replay, window, td_steps, unroll_steps, gamma):
+    """Everything of the targets that needs no network. `z = reward_sum + bootstrap_discount * v(bootstrap_rows)`.
+
+    td_steps [B] is per sample; n is td_steps, or fewer where the episode ends (then nothing is bootstrapped) or where
+    a stream's newest frame comes first (then that is bootstrapped from). Rewards are clipped to their sign.
+    """
+    B, K = len(window.rows), unroll_steps
+    taken = window.exists[:, 1:]  # [B, J] action t+j was taken
+    reward = np.sign(replay.reward[window.rows[:, :-1]]) * taken  # [B, J]
+    prefix = np.cumsum(reward[:, :K], axis=1)  # [B, K]
+    for k in range(K, VALUE_PREFIX_HORIZON, -1):  # u_k counts from the last reset of the LSTM on
+        prefix[:, k - 1] -= prefix[:, (k - 1) // VALUE_PREFIX_HORIZON * VALUE_PREFIX_HORIZON - 1]
+    reward_sum, rows, discount = np.zeros((B, K + 1)), np.empty((B, K + 1), np.int64), np.empty((B, K + 1))
+    for k in range(K + 1):
+        n = np.minimum(td_steps, taken[:, k:].sum(axis=1))  # [B]
+        for i in range(td_steps.max()):
+            reward_sum[:, k] += (i < n) * gamma**i * reward[:, k + i]
+        rows[:, k] = window.rows[np.arange(B), k + n]
+        discount[:, k] = gamma**n * window.alive[np.arange(B), k + n]
+    return Targets(prefix, reward_sum, rows, discount)
+
+
+def run_search(net, obs, legal, num_simulations, rng, noise):
+    """Searches from obs uint8 [n, 12, 96, 96] with legal [n, A] -> SearchResult, value head at the roots [n].
+
+    net: an `inference_copy`. noise: whether to mix Dirichlet noise into the root priors (self-play and reanalyze).
+    """
+    autocast = torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.device.type == "cuda")
+    with torch.no_grad(), autocast:
+        latent, policy_logits, value_logits = net.initial_inference(obs)
+
+        def recurrent(latent, action, lstm_state):
+            latent, lstm_state, prefix, policy, value = net.recurrent_inference(latent, action, lstm_state)
+            return latent, lstm_state, support_to_scalar(prefix), support_to_scalar(value), policy
+
+        result = search(
+            *(recurrent, latent, policy_logits, legal, num_simulations),
+            lstm_size=net.config.lstm_size,
+            noise=dirichlet_noise(rng, legal) if noise else None,
+            seeds=rng.integers(1, 2**63, len(legal), dtype=np.uint64),
+            threads=min(8, os.cpu_count()) if obs.is_cuda else 1,
+        )
+    return result, support_to_scalar(value_logits).cpu().numpy()
+
+
+def reanalyze(net, version, replay, window, targets, legal, num_simulations, rng):
+    """Brings the stored policies and values that a batch needs up to the target network `net`, the `version`-th.
+
+    Policies are searched with noise, values are the value head (a search's root value is an option of the released code,
+    off by default). The target network changes every 200 updates only, so a state that comes again before that keeps
+    its target, its noise included. Returns the SearchResult, or None if nothing was stale.
+    """
+    states = window.rows[:, : targets.value_prefix.shape[1] + 1][window.alive[:, : targets.value_prefix.shape[1] + 1]]
+    states = np.unique(states[replay.policy_version[states] != version])  # [n]
+    result = None
+    if len(states):
+        legal = np.repeat(legal[None], len(states), 0)
+        result, replay.value[states] = run_search(net, stack_frames(replay, states), legal, num_simulations, rng, True)
+        replay.policy[states] = result.visits / num_simulations
+        replay.policy_version[states] = replay.value_version[states] = version
+    states = targets.bootstrap_rows[targets.bootstrap_discount > 0]
+    states = np.unique(states[replay.value_version[states] != version])  # [n]
+    if len(states):
+        obs = stack_frames(replay, states)
+        with torch.no_grad(), torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.is_cuda):
+            replay.value[states] = support_to_scalar(net.initial_inference(obs)[2]).cpu().numpy()
+        replay.value_version[states] = version
+    return result
+
+
+class Batch(NamedTuple):
+    obs: torch.Tensor  # [B, 12, 96, 96] augmented
+    target_obs: torch.Tensor  # [B, 3 * (K+3), 96, 96] augmented; the stack of o_t+k is channels 3k-3 .. 3k+9
+    action: torch.Tensor  # [B, K]
+    mask: torch.Tensor  # [B, K+1]
+    policy: torch.Tensor  # [B, K+1, A]
+    value: torch.Tensor  # [B, K+1]
+    value_prefix: torch.Tensor  # [B, K]
+    weight: torch.Tensor  # [B] importance weights
+
+
+def make_batch(replay, window, targets, weight, rng, generator):
+    """Gathers frames and targets, augments the frames on their device and moves the rest there -> Batch."""
+    K = targets.value_prefix.shape[1]
+    policy = replay.policy[window.rows[:, : K + 1]] * window.alive[:, : K + 1, None]  # [B, K+1, A]
+    value = targets.reward_sum + targets.bootstrap_discount * replay.value[targets.bootstrap_rows]  # [B, K+1]
+    roots, device = window.rows[:, 0], replay.frames.device
+    past = roots[:, None] - np.minimum([3, 2, 1], replay.age[roots, None]) * replay.num_envs  # [B, 3]
+    frames = replay.frames[np.concatenate([past, window.rows[:, : K + 1]], axis=1)]  # [B, K+4, 3, 96, 96]
+    mask = window.exists[:, : K + 1]
+    # Past the end the action is random, as in the reference: masked in every loss, it only enters BN's statistics.
+    action = np.where(mask[:, 1:], replay.action[window.rows[:, :K]], rng.integers(18, size=(len(roots), K)))
+    arrays = [torch.as_tensor(x, dtype=torch.float32) for x in (mask, policy, value, targets.value_prefix, weight)]
+    return Batch(
+        augment(frames[:, :4].flatten(1, 2), generator),
+        augment(frames[:, 1:].flatten(1, 2), generator),
+        torch.as_tensor(action).to(device),
+        *[x.to(device) for x in arrays],
+    )
+
+
+# --- loss ---
+
+
+def cross_entropy(logits, target_probs):
+    """`-sum_i target_i * log_softmax(logits)_i` over the last axis: [B, n] -> [B], float32."""
+    return -(target_probs * F.log_softmax(logits.float(), dim=-1)).sum(-1)
+
+
+def unroll_loss(net, batch):
+    """The EfficientZero loss (XTRA, Eq. 3 with cross-entropies and a cosine, as in the released code).
+
+    Returns per sample [B]: the total `value_prefix + policy + 0.25 * value + 2 * consistency`, each term (sums over the
+    unroll, before coefficient and importance weight), and the priority `|value_0 - z_0| + 1e-6`.
+    Steps past the end are masked, so only true states are learned from.
+    """
+    B, K = batch.action.shape
+    support = net.config.support
+    latent, policy_logits, value_logits = net.initial_inference(batch.obs)
+    lstm_state = net.initial_lstm_state(B, latent)
+    priority = (support_to_scalar(value_logits.detach()) - batch.value[:, 0]).abs() + 1e-6
+    value_code, prefix_code = scalar_to_support(batch.value, support), scalar_to_support(batch.value_prefix, support)
+    policy = cross_entropy(policy_logits, batch.policy[:, 0])
+    value = cross_entropy(value_logits, value_code[:, 0])
+    value_prefix, consistency = torch.zeros_like(value), torch.zeros_like(value)
+    for k in range(1, K + 1):
+        latent, lstm_state, prefix_logits, policy_logits, value_logits = net.recurrent_inference(
+            latent, batch.action[:, k - 1], lstm_state
+        )
+        with torch.no_grad():  # f runs here for its batch norm statistics only, as in the reference
+            target_latent = net.initial_inference(batch.target_obs[:, 3 * k - 3 : 3 * k + 9])[0]
+            target = net.projector(target_latent).float()
+        online = net.predictor(net.projector(latent)).float()
+        mask = batch.mask[:, k]  # [B]
+        policy += mask * cross_entropy(policy_logits, batch.policy[:, k])
+        value += mask * cross_entropy(value_logits, value_code[:, k])
+        value_prefix += mask * cross_entropy(prefix_logits, prefix_code[:, k - 1])
+        consistency -= mask * F.cosine_similarity(online, target, dim=-1, eps=1e-5)
+        if k % VALUE_PREFIX_HORIZON == 0:
+            lstm_state = net.initial_lstm_state(B, latent)
+    terms = {"value_prefix": value_prefix, "policy": policy, "value": value, "consistency": consistency}
+    return value_prefix + policy + 0.25 * value + 2.0 * consistency, terms, priority
+
+
+def learning_rate_at(update, total, base):
+    """Warm-up over 1 % of the run from exactly 0, then `base`, and a tenth of it from 101 % on (EfficientZero)."""
+    warm_up = total // 100
+    return base * update / warm_up if update < warm_up else base * 0.1 ** ((update - warm_up) // total)
+
+
+# --- evaluation ---
+
+
+def evaluate(net, env_id, episodes, max_frames, num_simulations, device, movie=None):
+    """Plays `episodes` whole games side by side (seeds 0, 1, ..., full lives, no noise, the most visited action or the
+    lowest of several) -> raw returns [episodes], lengths in environment steps [episodes].
+
+    num_simulations 0 acts on the policy head alone. movie: a list that gets the first game's frames.
+    """
+    envs, rng = make_envs(env_id, episodes, life_loss_ends=False), np.random.default_rng(0)
+    legal = np.repeat(legal_actions(env_id)[None], episodes, 0)  # [E, A]
+    frames = envs.reset(seed=0)[0].reshape(episodes, 96, 96, 3)
+    stack = torch.as_tensor(frames).permute(0, 3, 1, 2).repeat(1, 4, 1, 1).to(device)  # [E, 12, 96, 96]
+    returns, lengths, active = np.zeros(episodes), np.zeros(episodes, np.int64), np.arange(episodes)
+    while len(active):
+        action = np.zeros(episodes, np.int64)  # finished games leave the search; their actions do not matter
+        if num_simulations:
+            result, _ = run_search(net, stack[active], legal[active], num_simulations, rng, noise=False)
+            action[active] = result.visits.argmax(axis=1)
+        else:
+            with torch.no_grad():
+                logits = net.initial_inference(stack[active])[1].float().cpu().numpy()  # [n, A]
+            action[active] = np.where(legal[active], logits, -np.inf).argmax(axis=1)
+        if movie is not None and 0 in active:
+            movie.append(frames[0].copy())
+        frames, reward, terminated, truncated, _ = envs.step(action)
+        frames = frames.reshape(episodes, 96, 96, 3)
+        stack = torch.cat([stack[:, 3:], torch.as_tensor(frames).permute(0, 3, 1, 2).to(device)], dim=1)
+        returns[active] += reward[active]
+        lengths[active] += 1
+        active = active[~(terminated | truncated | (lengths >= max_frames // 4))[active]]
+    envs.close()
+    return returns, lengths
+
+
+def log_evaluation(run_dir, writer, env_id, env_steps, updates, returns, lengths, suffix=""):
+    """Appends one line per game to evaluations.csv and the means to TensorBoard."""
+    path = f"{run_dir}/evaluations.csv"
+    header = "" if os.path.exists(path) else "env_steps,updates,episode,return,length,env_id\n"
+    games = enumerate(zip(returns.tolist(), lengths.tolist(), strict=True))
+    with open(path, "a") as file:
+        file.write(header + "".join(f"{env_steps},{updates},{i},{r},{length},{env_id}\n" for i, (r, length) in games))
+    writer.add_scalar("eval/episodic_return" + suffix, returns.mean(), updates)
+    writer.add_scalar("eval/episodic_length" + suffix, lengths.mean(), updates)
+    tqdm.write(f"updates={updates}, env_id={env_id}, evaluation return={returns.mean():.1f} (std {returns.std():.1f})")
+
+
+def check_args(args, may_be_zero=()):
+    """Exits with one line if a number is negative, or zero where that makes no sense."""
+    for name, value in vars(args).items():
+        lowest = 0 if name in may_be_zero else 1
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, int) and not isinstance(value, bool) and value < lowest:
+            raise SystemExit(f"error: {flag} is {value}, expected {lowest} or more")
+        if isinstance(value, float) and not 0 <= value < float("inf"):
+            raise SystemExit(f"error: {flag} is {value}, expected a number of 0 or more")
+    if args.run_dir and os.path.exists(os.path.join(args.run_dir, "evaluations.csv")):
+        raise SystemExit(f"error: --run-dir {args.run_dir} holds a run already; choose another folder or remove it")
+
+
+def log_search(writer, result, step):
+    """Health of a search: mean root value, entropy of the visits in nats, depth of the deepest leaf."""
+    visits = result.visits / result.visits.sum(axis=1, keepdims=True)  # [n, A]
+    writer.add_scalar("search/root_value", result.root_value.mean(), step)
+    writer.add_scalar("search/visit_entropy", -(visits * np.log(visits + 1e-12)).sum(axis=1).mean(), step)
+    writer.add_scalar("search/max_depth", result.depth.max(), step)
+
+
+def write_targets(run_dir, dataset, net, replay, legal, num_simulations, rng):
+    """Searches every state of the dataset without noise and writes targets.npz: visits uint16 [R, A], value float32 [R]
+    (the value head, which targets bootstrap from), and targets.json, which ties them to the dataset."""
+    visits, value = [], []
+    for rows in tqdm(np.array_split(np.arange(replay.size), -(-replay.size // 512)), unit="512 states", desc="targets"):
+        legal_rows = np.repeat(legal[None], len(rows), 0)
+        result, root_value = run_search(net, stack_frames(replay, rows), legal_rows, num_simulations, rng, noise=False)
+        visits.append(result.visits.astype(np.uint16))
+        value.append(root_value)
+    arrays = {"visits": np.concatenate(visits), "value": np.concatenate(value)}
+    write_file(f"{run_dir}/targets.npz", lambda file: np.savez(file, **arrays))
+    fields = {"dataset": os.path.relpath(dataset, run_dir), "rows": replay.size, "num_simulations": num_simulations}
+    files = ["targets.npz", os.path.join(fields["dataset"], "meta.json")]
+    write_manifest(f"{run_dir}/targets.json", "xtra-targets-1", fields, files)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    check_args(args, may_be_zero=("seed",))
+    if not args.datasets:
+        raise SystemExit("error: --datasets is empty, expected dataset folders; finetune.py --save-dataset writes one")
+    m = len(args.datasets)
+    if args.batch_size % m:
+        raise SystemExit(f"error: --batch-size {args.batch_size} is not a multiple of the {m} --datasets; make it one")
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+
+    # data setup
+    replays, metas = zip(*[load_dataset(folder, device) for folder in args.datasets], strict=True)
+    env_ids = [meta["env_id"] for meta in metas]
+    legal = [legal_actions(env_id) for env_id in env_ids]  # m x [A]
+    for folder, replay in zip(args.datasets, replays, strict=True):
+        if np.count_nonzero(replay.acted) < args.batch_size // m:
+            raise SystemExit(f"error: dataset {folder} has fewer steps than its share of --batch-size; lower that")
+
+    run_name = f"{'+'.join(env_ids).replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = args.run_dir or f"runs/{run_name}"
+    writer = make_writer(args, run_name, run_dir)
+
+    # TRY NOT TO MODIFY: seeding
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    rng = np.random.default_rng(args.seed)  # sampling, search and noise
+    generator = torch.Generator(device).manual_seed(args.seed)  # augmentation
+
+    # agent setup
+    net = EfficientZeroNet(ModelConfig.of_width(args.channels, args.blocks)).to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
+    target_net = next_target_net = inference_copy(net)
+    gamma = 0.997**4  # per environment step
+    share = args.batch_size // m
+    log_every = max(1, min(100, args.num_updates // 100))  # updates
+    scores, result = {}, None
+
+    # TRY NOT TO MODIFY: start the training
+    start_time = time.time()
+    bar = tqdm(total=args.num_updates, unit="update", dynamic_ncols=True)
+    for updates in range(args.num_updates + 1):
+        if updates % args.eval_every == 0 or updates == args.num_updates:
+            for env_id in env_ids:
+                settings = args.eval_episodes, args.eval_max_frames, args.num_simulations
+                returns, lengths = evaluate(inference_copy(net), env_id, *settings, device)
+                suffix = f"/{env_id}" if m > 1 else ""
+                log_evaluation(run_dir, writer, env_id, 0, updates, returns, lengths, suffix)
+                scores[env_id] = float(returns.mean())
+            bar.set_postfix(episodic_return=f"{np.mean(list(scores.values())):.1f}")
+        if updates == args.num_updates:
+            break
+
+        # ALGO LOGIC: training.
+        if updates % 200 == 0:  # the target network is the network of 200 to 400 updates ago
+            target_net, next_target_net = next_target_net, inference_copy(net)
+        beta = 0.4 + 0.6 * min(1.0, updates / (1.2 * args.num_updates))
+        drawn, batches = [], []
+        for replay, legal_mask in zip(replays, legal, strict=True):
+            rows, weight = sample(replay, share, beta, rng)
+            window = unroll_window(replay, rows, args.unroll_steps + args.td_steps)
+            td_steps = np.full(share, args.td_steps)  # fixed data does not age
+            targets = make_targets(replay, window, td_steps, args.unroll_steps, gamma)
+            searched = reanalyze(
+                target_net, updates // 200 + 1, replay, window, targets, legal_mask, args.num_simulations, rng
+            )
+            result = searched or result
+            drawn.append(rows)
+            batches.append(make_batch(replay, window, targets, weight, rng, generator))
+        batch = Batch(*[torch.cat(tensors) for tensors in zip(*batches, strict=True)])  # [B, ...], task after task
+
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            total, terms, priority = unroll_loss(net, batch)
+        loss = (batch.weight * total).mean()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(updates, args.num_updates, args.learning_rate)
+        optimizer.zero_grad()
+        (loss / args.unroll_steps).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+        optimizer.step()
+        for replay, rows, new in zip(replays, drawn, priority.cpu().numpy().reshape(m, share), strict=True):
+            replay.priority[rows] = new
+
+        bar.update()
+        if updates % log_every == 0:
+            writer.add_scalar("losses/loss", loss.item(), updates)
+            for name, term in terms.items():
+                writer.add_scalar(f"losses/{name}_loss", term.mean().item(), updates)
+            writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], updates)
+            writer.add_scalar("charts/beta", beta, updates)
+            writer.add_scalar("charts/updates_per_second", (updates + 1) / (time.time() - start_time), updates)
+            log_search(writer, result, updates)
+    bar.close()
+
+    # save the teacher, then its search policy and value for every state
+    counters = {"updates": args.num_updates, "scores": scores}
+    saved_args = vars(args) | {"datasets": [os.path.relpath(folder, run_dir) for folder in args.datasets]}
+    save_checkpoint(f"{run_dir}/model.pt", net, saved_args, env_ids, counters)
+    if m == 1:
+        write_targets(run_dir, args.datasets[0], inference_copy(net), replays[0], legal[0], args.num_simulations, rng)
+    writer.close()
+    print(f"{run_dir}: teacher saved. Next: python distill.py --teachers {run_dir} OTHER_TEACHERS...")

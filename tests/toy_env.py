@@ -1,0 +1,79 @@
+"""Catch: a toy pixel game, and the example of an environment of your own.
+
+Blocks fall one after the other; move the paddle on the bottom row under them: +1 for a catch, -1 for a miss. A game is
+5 drops, so its return lies in [-5, 5]: the perfect player gets 5.00, a random one -1.67 (2,000 games of each variant).
+
+The module registers the game when it is imported, which Gymnasium does for an id of the form `module:Env-v0`:
+
+    PYTHONPATH=tests python finetune.py --env-id toy_env:Catch-v0
+
+Any environment works that has 96x96x3 uint8 observations and Discrete(n) actions with n <= 18. Catch-v1 and Catch-v2
+are the same game in other colours, with other action ids and another fall speed: tasks to transfer between.
+"""
+
+import warnings
+
+import gymnasium as gym
+import numpy as np
+
+COLUMNS, ROWS = 6, 8  # cells of 16 x 12 pixels
+PADDLE = 2  # columns; the far side is then 4 moves away, as many as the fastest block needs to fall
+VARIANTS = {  # `fall` in rows per step; of the 6 actions, `left` and `right` move the paddle, the others do nothing
+    "Catch-v0": dict(background=(0, 0, 0), block=(255, 255, 255), paddle=(60, 200, 60), fall=1, left=3, right=2),
+    "Catch-v1": dict(background=(40, 60, 120), block=(250, 220, 40), paddle=(230, 90, 60), fall=1, left=1, right=4),
+    "Catch-v2": dict(background=(150, 150, 140), block=(160, 20, 40), paddle=(20, 40, 90), fall=2, left=2, right=5),
+}
+
+
+class Catch(gym.Env):
+    observation_space = gym.spaces.Box(0, 255, (96, 96, 3), np.uint8)
+    action_space = gym.spaces.Discrete(6)
+
+    def __init__(self, background, block, paddle, fall, left, right, drops=5):
+        self.colours = np.array([background, block, paddle], np.uint8)
+        self.fall, self.moves, self.drops = fall, {left: -1, right: +1}, drops
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)  # seeds self.np_random
+        self.drops_left = self.drops
+        self.paddle = int(self.np_random.integers(COLUMNS - PADDLE + 1))  # its left column
+        self._new_block()
+        return self._frame(), {}
+
+    def step(self, action):
+        self.paddle = int(np.clip(self.paddle + self.moves.get(int(action), 0), 0, COLUMNS - PADDLE))
+        self.row = min(self.row + self.fall, ROWS - 1)
+        if self.row < ROWS - 1:
+            return self._frame(), 0.0, False, False, {}
+        reward = 1.0 if self.paddle <= self.column < self.paddle + PADDLE else -1.0
+        self.drops_left -= 1
+        if self.drops_left > 0:
+            self._new_block()
+        return self._frame(), reward, self.drops_left == 0, False, {}
+
+    def _new_block(self):
+        self.row, self.column = 0, int(self.np_random.integers(COLUMNS))
+
+    def _frame(self):
+        cells = np.zeros((ROWS, COLUMNS), np.uint8)  # 0 background, 1 block, 2 paddle
+        cells[-1, self.paddle : self.paddle + PADDLE] = 2
+        cells[self.row, self.column] = 1
+        return self.colours[cells].repeat(96 // ROWS, axis=0).repeat(96 // COLUMNS, axis=1)  # (96, 96, 3)
+
+
+class TooManyActions(Catch):
+    """Refused: for the tests of the error messages, like the next one."""
+
+    action_space = gym.spaces.Discrete(19)
+
+
+class WrongShape(Catch):
+    observation_space = gym.spaces.Box(0, 255, (84, 84, 1), np.uint8)
+
+
+for env_id, variant in VARIANTS.items():
+    gym.register(env_id, entry_point=Catch, kwargs=variant)
+gym.register("TooManyActions-v0", entry_point=TooManyActions, kwargs=VARIANTS["Catch-v0"])
+gym.register("WrongShape-v0", entry_point=WrongShape, kwargs=VARIANTS["Catch-v0"])
+# Gymnasium takes Catch-v0 for an old version of Catch-v2 and says so on each use
+warnings.filterwarnings("ignore", ".*Catch-v. is out of date")
