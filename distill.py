@@ -29,11 +29,12 @@ from ale_py.vector_env import AtariVectorEnv
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from mcts import VALUE_PREFIX_HORIZON, dirichlet_noise, search
+from mcts import VALUE_PREFIX_HORIZON, SearchResult, dirichlet_noise, search
 from model import (
     EfficientZeroNet,
     ModelConfig,
     augment,
+    cross_entropy,
     inference_copy,
     load_checkpoint,
     load_manifest,
@@ -85,20 +86,20 @@ def make_writer(args, run_name, run_dir):
 
 
 # --- environment ---
-
-
 # Copied from pretrain_teacher.py
 def atari_rom(env_id):
     """The ROM of `<Game>NoFrameskip-v4` ("ms_pacman" for MsPacman), or None for an id of another form."""
     if env_id.startswith("ALE/"):
-        hint = f"use {env_id[4:].split('-')[0]}NoFrameskip-v4"
-        raise SystemExit(f"error: --env-id {env_id} repeats actions at random, which Atari 100k does not; {hint}")
+        hint = f"Atari 100k has neither; use --env-id {env_id[4:].split('-')[0]}NoFrameskip-v4"
+        raise SystemExit(f"error: --env-id {env_id} has sticky actions (0.25) and another frame skip; {hint}")
     match = re.fullmatch(r"(\w+)NoFrameskip-v4", env_id)
     if match is None:
         return None
     spec = gym.registry.get(f"ALE/{match[1]}-v5")
     if spec is None:
-        raise SystemExit(f"error: --env-id {env_id}: ale-py has no game {match[1]}; write it as in MsPacmanNoFrameskip-v4")
+        raise SystemExit(
+            f"error: --env-id {env_id}: ale-py has no game {match[1]}; expected as in MsPacmanNoFrameskip-v4"
+        )
     return spec.kwargs["game"]
 
 
@@ -106,8 +107,8 @@ def atari_rom(env_id):
 def make_envs(env_id, num_envs, *, life_loss_ends):
     """`num_envs` copies of a game; after `reset(seed=s)` copy i plays the games of seed s + i.
 
-    Observations are uint8 [E, 96, 96, 3] after `obs.reshape(E, 96, 96, 3)`, rewards raw, Atari actions the 18 ALE ids. A
-    game is over if truncated, or terminated with 0 lives in the info; the next step ignores its action, pays 0 and
+    Observations are uint8 [E, 96, 96, 3] after `obs.reshape(E, 96, 96, 3)`, rewards raw, Atari actions ALE ids. A game
+    is over if truncated, or terminated with 0 lives in the info; the next step ignores its action, pays 0 and
     returns the first frame of a new game. life_loss_ends: a lost life is `terminated` too, and the game goes on.
     """
     if rom := atari_rom(env_id):
@@ -143,9 +144,7 @@ def legal_actions(env_id):
 
 
 # --- data ---
-
-
-LIFE_LOST, GAME_OVER, TIME_LIMIT = 1, 2, 3  # what `Replay.end` says of an episode's last action; all three are terminal
+LIFE_LOST, GAME_OVER, TIME_LIMIT = 1, 2, 3  # what `Replay.end` says of an episode's last action; all are terminal
 
 
 # Copied from pretrain_teacher.py
@@ -238,69 +237,62 @@ def sample(replay, batch_size, beta, rng):
 
 
 # Copied from pretrain_teacher.py
-class Window(NamedTuple):
-    """What follows the sampled rows, J steps ahead; episodes and streams end, so rows are clipped to the last state."""
-
-    rows: np.ndarray  # [B, J+1] row of state t+j
-    exists: np.ndarray  # [B, J+1] bool: action t+j-1 was taken, so there is a frame
-    alive: np.ndarray  # [B, J+1] bool: exists and is not terminal
-
-
-# Copied from pretrain_teacher.py
-def unroll_window(replay, rows, length):
-    """rows [B] -> Window of `length` = J steps."""
-    B = len(rows)
-    window = Window(np.empty((B, length + 1), np.int64), np.ones((B, length + 1), bool), np.ones((B, length + 1), bool))
-    window.rows[:, 0] = rows
-    for j in range(length):
-        row, alive = window.rows[:, j], window.alive[:, j]
-        taken = alive & replay.acted[row]
-        window.rows[:, j + 1] = row + taken * replay.num_envs
-        window.exists[:, j + 1] = taken
-        window.alive[:, j + 1] = taken & (replay.end[row] == 0)
-    return window
-
-
-# Copied from pretrain_teacher.py
 class Targets(NamedTuple):
+    """What follows the sampled rows; episodes and streams end, so `rows` is clipped to the last state that exists."""
+
+    rows: np.ndarray  # [B, K+1] row of state k
+    exists: np.ndarray  # [B, K+1] bool: action k-1 was taken, so there is a frame
+    alive: np.ndarray  # [B, K+1] bool: exists and is not terminal
     value_prefix: np.ndarray  # [B, K]
-    reward_sum: np.ndarray  # [B, K+1]: sum_{i<n} gamma^i r_k+i
-    bootstrap_rows: np.ndarray  # [B, K+1]: the row of state k+n
-    bootstrap_discount: np.ndarray  # [B, K+1]: gamma^n, 0 if state k+n is terminal
+    reward_sum: np.ndarray  # [B, K+1] sum_{i<n} gamma^i r_k+i
+    bootstrap_rows: np.ndarray  # [B, K+1] row of state k+n
+    bootstrap_discount: np.ndarray  # [B, K+1] gamma^n, 0 if state k+n is terminal
 
 
 # Copied from pretrain_teacher.py
-def make_targets(replay, window, td_steps, unroll_steps, gamma):
-    """Everything of the targets that needs no network. `z = reward_sum + bootstrap_discount * v(bootstrap_rows)`.
+def make_targets(replay, roots, td_steps, unroll_steps, gamma=0.997**4):
+    """Everything of the targets of the rows `roots` [B] that needs no network.
 
-    td_steps [B] is per sample; n is td_steps, or fewer where the episode ends (then nothing is bootstrapped) or where
-    a stream's newest frame comes first (then that is bootstrapped from). Rewards are clipped to their sign.
+    `z = reward_sum + bootstrap_discount * v(bootstrap_rows)`. td_steps [B] is per sample; n is td_steps, or fewer where
+    the episode ends (then nothing is bootstrapped) or where a stream's newest frame comes first (then that is
+    bootstrapped from). Rewards are clipped to their sign. gamma is per environment step of 4 frames.
     """
-    B, K = len(window.rows), unroll_steps
-    taken = window.exists[:, 1:]  # [B, J] action t+j was taken
-    reward = np.sign(replay.reward[window.rows[:, :-1]]) * taken  # [B, J]
+    B, K, J = len(roots), unroll_steps, unroll_steps + td_steps.max()
+    rows, exists, alive = np.empty((B, J + 1), np.int64), np.ones((B, J + 1), bool), np.ones((B, J + 1), bool)
+    rows[:, 0] = roots
+    for j in range(J):
+        exists[:, j + 1] = alive[:, j] & replay.acted[rows[:, j]]
+        alive[:, j + 1] = exists[:, j + 1] & (replay.end[rows[:, j]] == 0)
+        rows[:, j + 1] = rows[:, j] + exists[:, j + 1] * replay.num_envs
+    taken = exists[:, 1:]  # [B, J] action j was taken
+    reward = np.sign(replay.reward[rows[:, :-1]]) * taken  # [B, J]
     prefix = np.cumsum(reward[:, :K], axis=1)  # [B, K]
     for k in range(K, VALUE_PREFIX_HORIZON, -1):  # u_k counts from the last reset of the LSTM on
         prefix[:, k - 1] -= prefix[:, (k - 1) // VALUE_PREFIX_HORIZON * VALUE_PREFIX_HORIZON - 1]
-    reward_sum, rows, discount = np.zeros((B, K + 1)), np.empty((B, K + 1), np.int64), np.empty((B, K + 1))
+    reward_sum, bootstrap, discount = np.zeros((B, K + 1)), np.empty((B, K + 1), np.int64), np.empty((B, K + 1))
     for k in range(K + 1):
         n = np.minimum(td_steps, taken[:, k:].sum(axis=1))  # [B]
         for i in range(td_steps.max()):
             reward_sum[:, k] += (i < n) * gamma**i * reward[:, k + i]
-        rows[:, k] = window.rows[np.arange(B), k + n]
-        discount[:, k] = gamma**n * window.alive[np.arange(B), k + n]
-    return Targets(prefix, reward_sum, rows, discount)
+        bootstrap[:, k] = rows[np.arange(B), k + n]
+        discount[:, k] = gamma**n * alive[np.arange(B), k + n]
+    return Targets(rows[:, : K + 1], exists[:, : K + 1], alive[:, : K + 1], prefix, reward_sum, bootstrap, discount)
 
 
 # Copied from pretrain_teacher.py
 def run_search(net, obs, legal, num_simulations, rng, noise):
     """Searches from obs uint8 [n, 12, 96, 96] with legal [n, A] -> SearchResult, value head at the roots [n].
 
-    net: an `inference_copy`. noise: whether to mix Dirichlet noise into the root priors (self-play and reanalyze).
+    net: an `inference_copy`. num_simulations 0: the policy head stands for the visits. noise: whether to mix Dirichlet
+    noise into the root priors (self-play and reanalyze).
     """
     autocast = torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.device.type == "cuda")
     with torch.no_grad(), autocast:
         latent, policy_logits, value_logits = net.initial_inference(obs)
+        value = support_to_scalar(value_logits).cpu().numpy()
+        if num_simulations == 0:
+            policy = policy_logits.float().softmax(-1).cpu().numpy() * legal
+            return SearchResult(policy, value, np.zeros(len(legal))), value
 
         def recurrent(latent, action, lstm_state):
             latent, lstm_state, prefix, policy, value = net.recurrent_inference(latent, action, lstm_state)
@@ -313,7 +305,7 @@ def run_search(net, obs, legal, num_simulations, rng, noise):
             seeds=rng.integers(1, 2**63, len(legal), dtype=np.uint64),
             threads=min(8, os.cpu_count()) if obs.is_cuda else 1,
         )
-    return result, support_to_scalar(value_logits).cpu().numpy()
+    return result, value
 
 
 # Copied from pretrain_teacher.py
@@ -329,18 +321,19 @@ class Batch(NamedTuple):
 
 
 # Copied from pretrain_teacher.py
-def make_batch(replay, window, targets, weight, rng, generator):
+def make_batch(replay, targets, weight, rng, generator):
     """Gathers frames and targets, augments the frames on their device and moves the rest there -> Batch."""
     K = targets.value_prefix.shape[1]
-    policy = replay.policy[window.rows[:, : K + 1]] * window.alive[:, : K + 1, None]  # [B, K+1, A]
+    policy = replay.policy[targets.rows] * targets.alive[:, :, None]  # [B, K+1, A]
     value = targets.reward_sum + targets.bootstrap_discount * replay.value[targets.bootstrap_rows]  # [B, K+1]
-    roots, device = window.rows[:, 0], replay.frames.device
+    roots, device = targets.rows[:, 0], replay.frames.device
     past = roots[:, None] - np.minimum([3, 2, 1], replay.age[roots, None]) * replay.num_envs  # [B, 3]
-    frames = replay.frames[np.concatenate([past, window.rows[:, : K + 1]], axis=1)]  # [B, K+4, 3, 96, 96]
-    mask = window.exists[:, : K + 1]
+    frames = replay.frames[np.concatenate([past, targets.rows], axis=1)]  # [B, K+4, 3, 96, 96]
     # Past the end the action is random, as in the reference: masked in every loss, it only enters BN's statistics.
-    action = np.where(mask[:, 1:], replay.action[window.rows[:, :K]], rng.integers(18, size=(len(roots), K)))
-    arrays = [torch.as_tensor(x, dtype=torch.float32) for x in (mask, policy, value, targets.value_prefix, weight)]
+    action = np.where(targets.exists[:, 1:], replay.action[targets.rows[:, :K]], rng.integers(18, size=(len(roots), K)))
+    arrays = [
+        torch.as_tensor(x, dtype=torch.float32) for x in (targets.exists, policy, value, targets.value_prefix, weight)
+    ]
     return Batch(
         augment(frames[:, :4].flatten(1, 2), generator),
         augment(frames[:, 1:].flatten(1, 2), generator),
@@ -349,23 +342,14 @@ def make_batch(replay, window, targets, weight, rng, generator):
     )
 
 
-def teacher_batch(task, size, unroll_steps, td_steps, gamma, beta, rng, generator):
+def teacher_batch(task, size, unroll_steps, td_steps, beta, rng, generator):
     """A batch of one offline task with its teacher's targets: no search, td fixed (XTRA, 3.1) -> rows [size], Batch."""
     rows, weight = sample(task.replay, size, beta, rng)
-    window = unroll_window(task.replay, rows, unroll_steps + td_steps)
-    targets = make_targets(task.replay, window, np.full(size, td_steps), unroll_steps, gamma)
-    return rows, make_batch(task.replay, window, targets, weight, rng, generator)
+    targets = make_targets(task.replay, rows, np.full(size, td_steps), unroll_steps)
+    return rows, make_batch(task.replay, targets, weight, rng, generator)
 
 
 # --- loss ---
-
-
-# Copied from pretrain_teacher.py
-def cross_entropy(logits, target_probs):
-    """`-sum_i target_i * log_softmax(logits)_i` over the last axis: [B, n] -> [B], float32."""
-    return -(target_probs * F.log_softmax(logits.float(), dim=-1)).sum(-1)
-
-
 # Copied from pretrain_teacher.py
 def unroll_loss(net, batch):
     """The EfficientZero loss (XTRA, Eq. 3 with cross-entropies and a cosine, as in the released code).
@@ -417,8 +401,6 @@ def learning_rate_at(update, total, base):
 
 
 # --- evaluation ---
-
-
 # Copied from pretrain_teacher.py
 def evaluate(net, env_id, episodes, max_frames, num_simulations, device, movie=None):
     """Plays `episodes` whole games side by side (seeds 0, 1, ..., full lives, no noise, the most visited action or the
@@ -433,13 +415,8 @@ def evaluate(net, env_id, episodes, max_frames, num_simulations, device, movie=N
     returns, lengths, active = np.zeros(episodes), np.zeros(episodes, np.int64), np.arange(episodes)
     while len(active):
         action = np.zeros(episodes, np.int64)  # finished games leave the search; their actions do not matter
-        if num_simulations:
-            result, _ = run_search(net, stack[active], legal[active], num_simulations, rng, noise=False)
-            action[active] = result.visits.argmax(axis=1)
-        else:
-            with torch.no_grad():
-                logits = net.initial_inference(stack[active])[1].float().cpu().numpy()  # [n, A]
-            action[active] = np.where(legal[active], logits, -np.inf).argmax(axis=1)
+        result, _ = run_search(net, stack[active], legal[active], num_simulations, rng, noise=False)
+        action[active] = result.visits.argmax(axis=1)
         if movie is not None and 0 in active:
             movie.append(frames[0].copy())
         frames, reward, terminated, truncated, _ = envs.step(action)
@@ -469,12 +446,9 @@ def log_evaluation(run_dir, writer, env_id, env_steps, updates, returns, lengths
 def check_args(args, may_be_zero=()):
     """Exits with one line if a number is negative, or zero where that makes no sense."""
     for name, value in vars(args).items():
-        lowest = 0 if name in may_be_zero else 1
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, int) and not isinstance(value, bool) and value < lowest:
-            raise SystemExit(f"error: {flag} is {value}, expected {lowest} or more")
-        if isinstance(value, float) and not 0 <= value < float("inf"):
-            raise SystemExit(f"error: {flag} is {value}, expected a number of 0 or more")
+        lowest = 0 if name in may_be_zero or isinstance(value, float) else 1
+        if isinstance(value, int | float) and not isinstance(value, bool) and not lowest <= value < float("inf"):
+            raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {lowest} or more")
     if args.run_dir and os.path.exists(os.path.join(args.run_dir, "evaluations.csv")):
         raise SystemExit(f"error: --run-dir {args.run_dir} holds a run already; choose another folder or remove it")
 
@@ -507,11 +481,11 @@ if __name__ == "__main__":
     generator = torch.Generator(device).manual_seed(args.seed)  # augmentation
 
     # agent setup
-    net = EfficientZeroNet(ModelConfig.of_width(args.channels, args.blocks)).to(device, memory_format=torch.channels_last).train()
+    net = EfficientZeroNet(ModelConfig.of_width(args.channels, args.blocks)).train()
+    net = net.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
     loss_function = cloning_loss if args.policy_target == "actions" else unroll_loss
     num_simulations = 0 if args.policy_target == "actions" else args.num_simulations
-    gamma = 0.997**4  # per environment step
     share = args.batch_size // m
     log_every = max(1, min(100, args.num_updates // 100))  # updates
     scores = {}
@@ -536,9 +510,8 @@ if __name__ == "__main__":
         beta = 0.4 + 0.6 * min(1.0, updates / (1.2 * args.num_updates))
         drawn, batches = [], []
         for task in tasks:
-            rows, task_batch = teacher_batch(
-                task, share, args.unroll_steps, args.td_steps, gamma, beta, rng, generator
-            )
+            settings = args.unroll_steps, args.td_steps, beta, rng, generator
+            rows, task_batch = teacher_batch(task, share, *settings)
             drawn.append(rows)
             batches.append(task_batch)
         batch = Batch(*[torch.cat(tensors) for tensors in zip(*batches, strict=True)])  # [B, ...], task after task

@@ -34,11 +34,12 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from mcts import VALUE_PREFIX_HORIZON, dirichlet_noise, search
+from mcts import VALUE_PREFIX_HORIZON, SearchResult, dirichlet_noise, search
 from model import (
     EfficientZeroNet,
     ModelConfig,
     augment,
+    cross_entropy,
     inference_copy,
     load_checkpoint,
     load_manifest,
@@ -110,20 +111,20 @@ def make_writer(args, run_name, run_dir):
 
 
 # --- environment ---
-
-
 # Copied from pretrain_teacher.py
 def atari_rom(env_id):
     """The ROM of `<Game>NoFrameskip-v4` ("ms_pacman" for MsPacman), or None for an id of another form."""
     if env_id.startswith("ALE/"):
-        hint = f"use {env_id[4:].split('-')[0]}NoFrameskip-v4"
-        raise SystemExit(f"error: --env-id {env_id} repeats actions at random, which Atari 100k does not; {hint}")
+        hint = f"Atari 100k has neither; use --env-id {env_id[4:].split('-')[0]}NoFrameskip-v4"
+        raise SystemExit(f"error: --env-id {env_id} has sticky actions (0.25) and another frame skip; {hint}")
     match = re.fullmatch(r"(\w+)NoFrameskip-v4", env_id)
     if match is None:
         return None
     spec = gym.registry.get(f"ALE/{match[1]}-v5")
     if spec is None:
-        raise SystemExit(f"error: --env-id {env_id}: ale-py has no game {match[1]}; write it as in MsPacmanNoFrameskip-v4")
+        raise SystemExit(
+            f"error: --env-id {env_id}: ale-py has no game {match[1]}; expected as in MsPacmanNoFrameskip-v4"
+        )
     return spec.kwargs["game"]
 
 
@@ -131,8 +132,8 @@ def atari_rom(env_id):
 def make_envs(env_id, num_envs, *, life_loss_ends):
     """`num_envs` copies of a game; after `reset(seed=s)` copy i plays the games of seed s + i.
 
-    Observations are uint8 [E, 96, 96, 3] after `obs.reshape(E, 96, 96, 3)`, rewards raw, Atari actions the 18 ALE ids. A
-    game is over if truncated, or terminated with 0 lives in the info; the next step ignores its action, pays 0 and
+    Observations are uint8 [E, 96, 96, 3] after `obs.reshape(E, 96, 96, 3)`, rewards raw, Atari actions ALE ids. A game
+    is over if truncated, or terminated with 0 lives in the info; the next step ignores its action, pays 0 and
     returns the first frame of a new game. life_loss_ends: a lost life is `terminated` too, and the game goes on.
     """
     if rom := atari_rom(env_id):
@@ -168,9 +169,7 @@ def legal_actions(env_id):
 
 
 # --- data ---
-
-
-LIFE_LOST, GAME_OVER, TIME_LIMIT = 1, 2, 3  # what `Replay.end` says of an episode's last action; all three are terminal
+LIFE_LOST, GAME_OVER, TIME_LIMIT = 1, 2, 3  # what `Replay.end` says of an episode's last action; all are terminal
 
 
 # Copied from pretrain_teacher.py
@@ -317,58 +316,46 @@ def sample(replay, batch_size, beta, rng):
 
 
 # Copied from pretrain_teacher.py
-class Window(NamedTuple):
-    """What follows the sampled rows, J steps ahead; episodes and streams end, so rows are clipped to the last state."""
-
-    rows: np.ndarray  # [B, J+1] row of state t+j
-    exists: np.ndarray  # [B, J+1] bool: action t+j-1 was taken, so there is a frame
-    alive: np.ndarray  # [B, J+1] bool: exists and is not terminal
-
-
-# Copied from pretrain_teacher.py
-def unroll_window(replay, rows, length):
-    """rows [B] -> Window of `length` = J steps."""
-    B = len(rows)
-    window = Window(np.empty((B, length + 1), np.int64), np.ones((B, length + 1), bool), np.ones((B, length + 1), bool))
-    window.rows[:, 0] = rows
-    for j in range(length):
-        row, alive = window.rows[:, j], window.alive[:, j]
-        taken = alive & replay.acted[row]
-        window.rows[:, j + 1] = row + taken * replay.num_envs
-        window.exists[:, j + 1] = taken
-        window.alive[:, j + 1] = taken & (replay.end[row] == 0)
-    return window
-
-
-# Copied from pretrain_teacher.py
 class Targets(NamedTuple):
+    """What follows the sampled rows; episodes and streams end, so `rows` is clipped to the last state that exists."""
+
+    rows: np.ndarray  # [B, K+1] row of state k
+    exists: np.ndarray  # [B, K+1] bool: action k-1 was taken, so there is a frame
+    alive: np.ndarray  # [B, K+1] bool: exists and is not terminal
     value_prefix: np.ndarray  # [B, K]
-    reward_sum: np.ndarray  # [B, K+1]: sum_{i<n} gamma^i r_k+i
-    bootstrap_rows: np.ndarray  # [B, K+1]: the row of state k+n
-    bootstrap_discount: np.ndarray  # [B, K+1]: gamma^n, 0 if state k+n is terminal
+    reward_sum: np.ndarray  # [B, K+1] sum_{i<n} gamma^i r_k+i
+    bootstrap_rows: np.ndarray  # [B, K+1] row of state k+n
+    bootstrap_discount: np.ndarray  # [B, K+1] gamma^n, 0 if state k+n is terminal
 
 
 # Copied from pretrain_teacher.py
-def make_targets(replay, window, td_steps, unroll_steps, gamma):
-    """Everything of the targets that needs no network. `z = reward_sum + bootstrap_discount * v(bootstrap_rows)`.
+def make_targets(replay, roots, td_steps, unroll_steps, gamma=0.997**4):
+    """Everything of the targets of the rows `roots` [B] that needs no network.
 
-    td_steps [B] is per sample; n is td_steps, or fewer where the episode ends (then nothing is bootstrapped) or where
-    a stream's newest frame comes first (then that is bootstrapped from). Rewards are clipped to their sign.
+    `z = reward_sum + bootstrap_discount * v(bootstrap_rows)`. td_steps [B] is per sample; n is td_steps, or fewer where
+    the episode ends (then nothing is bootstrapped) or where a stream's newest frame comes first (then that is
+    bootstrapped from). Rewards are clipped to their sign. gamma is per environment step of 4 frames.
     """
-    B, K = len(window.rows), unroll_steps
-    taken = window.exists[:, 1:]  # [B, J] action t+j was taken
-    reward = np.sign(replay.reward[window.rows[:, :-1]]) * taken  # [B, J]
+    B, K, J = len(roots), unroll_steps, unroll_steps + td_steps.max()
+    rows, exists, alive = np.empty((B, J + 1), np.int64), np.ones((B, J + 1), bool), np.ones((B, J + 1), bool)
+    rows[:, 0] = roots
+    for j in range(J):
+        exists[:, j + 1] = alive[:, j] & replay.acted[rows[:, j]]
+        alive[:, j + 1] = exists[:, j + 1] & (replay.end[rows[:, j]] == 0)
+        rows[:, j + 1] = rows[:, j] + exists[:, j + 1] * replay.num_envs
+    taken = exists[:, 1:]  # [B, J] action j was taken
+    reward = np.sign(replay.reward[rows[:, :-1]]) * taken  # [B, J]
     prefix = np.cumsum(reward[:, :K], axis=1)  # [B, K]
     for k in range(K, VALUE_PREFIX_HORIZON, -1):  # u_k counts from the last reset of the LSTM on
         prefix[:, k - 1] -= prefix[:, (k - 1) // VALUE_PREFIX_HORIZON * VALUE_PREFIX_HORIZON - 1]
-    reward_sum, rows, discount = np.zeros((B, K + 1)), np.empty((B, K + 1), np.int64), np.empty((B, K + 1))
+    reward_sum, bootstrap, discount = np.zeros((B, K + 1)), np.empty((B, K + 1), np.int64), np.empty((B, K + 1))
     for k in range(K + 1):
         n = np.minimum(td_steps, taken[:, k:].sum(axis=1))  # [B]
         for i in range(td_steps.max()):
             reward_sum[:, k] += (i < n) * gamma**i * reward[:, k + i]
-        rows[:, k] = window.rows[np.arange(B), k + n]
-        discount[:, k] = gamma**n * window.alive[np.arange(B), k + n]
-    return Targets(prefix, reward_sum, rows, discount)
+        bootstrap[:, k] = rows[np.arange(B), k + n]
+        discount[:, k] = gamma**n * alive[np.arange(B), k + n]
+    return Targets(rows[:, : K + 1], exists[:, : K + 1], alive[:, : K + 1], prefix, reward_sum, bootstrap, discount)
 
 
 def td_steps_by_age(age, total_timesteps, td_steps):
@@ -381,11 +368,16 @@ def td_steps_by_age(age, total_timesteps, td_steps):
 def run_search(net, obs, legal, num_simulations, rng, noise):
     """Searches from obs uint8 [n, 12, 96, 96] with legal [n, A] -> SearchResult, value head at the roots [n].
 
-    net: an `inference_copy`. noise: whether to mix Dirichlet noise into the root priors (self-play and reanalyze).
+    net: an `inference_copy`. num_simulations 0: the policy head stands for the visits. noise: whether to mix Dirichlet
+    noise into the root priors (self-play and reanalyze).
     """
     autocast = torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.device.type == "cuda")
     with torch.no_grad(), autocast:
         latent, policy_logits, value_logits = net.initial_inference(obs)
+        value = support_to_scalar(value_logits).cpu().numpy()
+        if num_simulations == 0:
+            policy = policy_logits.float().softmax(-1).cpu().numpy() * legal
+            return SearchResult(policy, value, np.zeros(len(legal))), value
 
         def recurrent(latent, action, lstm_state):
             latent, lstm_state, prefix, policy, value = net.recurrent_inference(latent, action, lstm_state)
@@ -398,18 +390,18 @@ def run_search(net, obs, legal, num_simulations, rng, noise):
             seeds=rng.integers(1, 2**63, len(legal), dtype=np.uint64),
             threads=min(8, os.cpu_count()) if obs.is_cuda else 1,
         )
-    return result, support_to_scalar(value_logits).cpu().numpy()
+    return result, value
 
 
 # Copied from pretrain_teacher.py
-def reanalyze(net, version, replay, window, targets, legal, num_simulations, rng):
-    """Brings the stored policies and values that a batch needs up to the target network `net`, the `version`-th.
+def reanalyze(net, version, replay, targets, legal, num_simulations, rng):
+    """Brings the stored policies and values that a batch needs up to `net`, the `version`-th target network.
 
-    Policies are searched with noise, values are the value head (a search's root value is an option of the released code,
-    off by default). The target network changes every 200 updates only, so a state that comes again before that keeps
+    Policies are searched with noise, values are the value head (a search's root value is an option of the released
+    code, off by default). The target network changes every 200 updates only, so a state that comes again before that keeps
     its target, its noise included. Returns the SearchResult, or None if nothing was stale.
     """
-    states = window.rows[:, : targets.value_prefix.shape[1] + 1][window.alive[:, : targets.value_prefix.shape[1] + 1]]
+    states = targets.rows[targets.alive]
     states = np.unique(states[replay.policy_version[states] != version])  # [n]
     result = None
     if len(states):
@@ -440,18 +432,19 @@ class Batch(NamedTuple):
 
 
 # Copied from pretrain_teacher.py
-def make_batch(replay, window, targets, weight, rng, generator):
+def make_batch(replay, targets, weight, rng, generator):
     """Gathers frames and targets, augments the frames on their device and moves the rest there -> Batch."""
     K = targets.value_prefix.shape[1]
-    policy = replay.policy[window.rows[:, : K + 1]] * window.alive[:, : K + 1, None]  # [B, K+1, A]
+    policy = replay.policy[targets.rows] * targets.alive[:, :, None]  # [B, K+1, A]
     value = targets.reward_sum + targets.bootstrap_discount * replay.value[targets.bootstrap_rows]  # [B, K+1]
-    roots, device = window.rows[:, 0], replay.frames.device
+    roots, device = targets.rows[:, 0], replay.frames.device
     past = roots[:, None] - np.minimum([3, 2, 1], replay.age[roots, None]) * replay.num_envs  # [B, 3]
-    frames = replay.frames[np.concatenate([past, window.rows[:, : K + 1]], axis=1)]  # [B, K+4, 3, 96, 96]
-    mask = window.exists[:, : K + 1]
+    frames = replay.frames[np.concatenate([past, targets.rows], axis=1)]  # [B, K+4, 3, 96, 96]
     # Past the end the action is random, as in the reference: masked in every loss, it only enters BN's statistics.
-    action = np.where(mask[:, 1:], replay.action[window.rows[:, :K]], rng.integers(18, size=(len(roots), K)))
-    arrays = [torch.as_tensor(x, dtype=torch.float32) for x in (mask, policy, value, targets.value_prefix, weight)]
+    action = np.where(targets.exists[:, 1:], replay.action[targets.rows[:, :K]], rng.integers(18, size=(len(roots), K)))
+    arrays = [
+        torch.as_tensor(x, dtype=torch.float32) for x in (targets.exists, policy, value, targets.value_prefix, weight)
+    ]
     return Batch(
         augment(frames[:, :4].flatten(1, 2), generator),
         augment(frames[:, 1:].flatten(1, 2), generator),
@@ -461,12 +454,11 @@ def make_batch(replay, window, targets, weight, rng, generator):
 
 
 # Copied from distill.py
-def teacher_batch(task, size, unroll_steps, td_steps, gamma, beta, rng, generator):
+def teacher_batch(task, size, unroll_steps, td_steps, beta, rng, generator):
     """A batch of one offline task with its teacher's targets: no search, td fixed (XTRA, 3.1) -> rows [size], Batch."""
     rows, weight = sample(task.replay, size, beta, rng)
-    window = unroll_window(task.replay, rows, unroll_steps + td_steps)
-    targets = make_targets(task.replay, window, np.full(size, td_steps), unroll_steps, gamma)
-    return rows, make_batch(task.replay, window, targets, weight, rng, generator)
+    targets = make_targets(task.replay, rows, np.full(size, td_steps), unroll_steps)
+    return rows, make_batch(task.replay, targets, weight, rng, generator)
 
 
 def temperature_at(update, total):
@@ -482,14 +474,6 @@ def select_actions(visits, temperature, rng):
 
 
 # --- loss ---
-
-
-# Copied from pretrain_teacher.py
-def cross_entropy(logits, target_probs):
-    """`-sum_i target_i * log_softmax(logits)_i` over the last axis: [B, n] -> [B], float32."""
-    return -(target_probs * F.log_softmax(logits.float(), dim=-1)).sum(-1)
-
-
 # Copied from pretrain_teacher.py
 def unroll_loss(net, batch):
     """The EfficientZero loss (XTRA, Eq. 3 with cross-entropies and a cosine, as in the released code).
@@ -562,8 +546,6 @@ def learning_rate_at(update, total, base):
 
 
 # --- evaluation ---
-
-
 # Copied from pretrain_teacher.py
 def evaluate(net, env_id, episodes, max_frames, num_simulations, device, movie=None):
     """Plays `episodes` whole games side by side (seeds 0, 1, ..., full lives, no noise, the most visited action or the
@@ -578,13 +560,8 @@ def evaluate(net, env_id, episodes, max_frames, num_simulations, device, movie=N
     returns, lengths, active = np.zeros(episodes), np.zeros(episodes, np.int64), np.arange(episodes)
     while len(active):
         action = np.zeros(episodes, np.int64)  # finished games leave the search; their actions do not matter
-        if num_simulations:
-            result, _ = run_search(net, stack[active], legal[active], num_simulations, rng, noise=False)
-            action[active] = result.visits.argmax(axis=1)
-        else:
-            with torch.no_grad():
-                logits = net.initial_inference(stack[active])[1].float().cpu().numpy()  # [n, A]
-            action[active] = np.where(legal[active], logits, -np.inf).argmax(axis=1)
+        result, _ = run_search(net, stack[active], legal[active], num_simulations, rng, noise=False)
+        action[active] = result.visits.argmax(axis=1)
         if movie is not None and 0 in active:
             movie.append(frames[0].copy())
         frames, reward, terminated, truncated, _ = envs.step(action)
@@ -630,12 +607,9 @@ def log_search(writer, result, step):
 def check_args(args, may_be_zero=()):
     """Exits with one line if a number is negative, or zero where that makes no sense."""
     for name, value in vars(args).items():
-        lowest = 0 if name in may_be_zero else 1
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, int) and not isinstance(value, bool) and value < lowest:
-            raise SystemExit(f"error: {flag} is {value}, expected {lowest} or more")
-        if isinstance(value, float) and not 0 <= value < float("inf"):
-            raise SystemExit(f"error: {flag} is {value}, expected a number of 0 or more")
+        lowest = 0 if name in may_be_zero or isinstance(value, float) else 1
+        if isinstance(value, int | float) and not isinstance(value, bool) and not lowest <= value < float("inf"):
+            raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {lowest} or more")
     if args.run_dir and os.path.exists(os.path.join(args.run_dir, "evaluations.csv")):
         raise SystemExit(f"error: --run-dir {args.run_dir} holds a run already; choose another folder or remove it")
 
@@ -643,8 +617,8 @@ def check_args(args, may_be_zero=()):
 def load_networks(args, device):
     """The network to start from -> (net, run folders of the offline games' teachers).
 
-    --pretrained loads all of it, or with --transfer hg only h and g, with h only h; the rest starts at random. The SimSiam
-    heads compare what g predicts with what h sees: they come along with both.
+    --pretrained loads all of it, or with --transfer hg only h and g, with h only h; the rest starts at random. The
+    SimSiam heads compare what g predicts with what h sees: they come along with both.
     """
     if args.pretrained is None:
         config = ModelConfig.of_width(args.channels or 64, args.blocks or 1)
@@ -711,7 +685,6 @@ if __name__ == "__main__":
     parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4)
     self_play_net = target_net = next_target_net = inference_copy(net)
-    gamma = 0.997**4  # per environment step
     total_updates = args.total_timesteps + args.extra_updates if training else 0
     log_every = max(1, min(100, args.total_timesteps // 100))  # updates
     eta = torch.ones(m, device=device)  # task weights
@@ -720,7 +693,8 @@ if __name__ == "__main__":
     # env setup
     envs = make_envs(args.env_id, args.num_envs, life_loss_ends=True)
     replay = Replay(args.total_timesteps * 9 // 8 + 2 * args.num_envs, args.num_envs, device)
-    frames = envs.reset(seed=args.seed)[0].reshape(args.num_envs, 96, 96, 3)
+    # Copy i gets the seed 1000 * seed + i, so that runs of neighbouring seeds share no games.
+    frames = envs.reset(seed=1000 * args.seed)[0].reshape(args.num_envs, 96, 96, 3)
     add_frames(replay, frames, age=np.zeros(args.num_envs))
     over = np.zeros(args.num_envs, bool)  # the newest frame is a game's last one, and the next step only resets
     game_return, game_length = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)
@@ -780,15 +754,13 @@ if __name__ == "__main__":
             target_net, next_target_net = next_target_net, inference_copy(net)
         beta = 0.4 + 0.6 * min(1.0, updates / (1.2 * args.total_timesteps))
         rows, weight = sample(replay, args.batch_size, beta, rng)
-        window = unroll_window(replay, rows, args.unroll_steps + args.td_steps)
         td_steps = td_steps_by_age(env_steps - replay.stored_at[rows], args.total_timesteps, args.td_steps)
-        targets = make_targets(replay, window, td_steps, args.unroll_steps, gamma)
-        reanalyze(target_net, updates // 200 + 1, replay, window, targets, legal, args.num_simulations, rng)
-        drawn, batches = [], [make_batch(replay, window, targets, weight, rng, generator)]
+        targets = make_targets(replay, rows, td_steps, args.unroll_steps)
+        reanalyze(target_net, updates // 200 + 1, replay, targets, legal, args.num_simulations, rng)
+        drawn, batches = [], [make_batch(replay, targets, weight, rng, generator)]
         for task in tasks:
-            task_rows, task_batch = teacher_batch(
-                task, share, args.unroll_steps, args.td_steps, gamma, beta, rng, generator
-            )
+            settings = args.unroll_steps, args.td_steps, beta, rng, generator
+            task_rows, task_batch = teacher_batch(task, share, *settings)
             drawn.append(task_rows)
             batches.append(task_batch)
         batch = Batch(*[torch.cat(tensors) for tensors in zip(*batches, strict=True)])  # [B + m * share, ...]

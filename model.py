@@ -95,6 +95,11 @@ def support_to_scalar(logits):
     return inverse_scalar_transform((logits.float().softmax(-1) * atoms).sum(-1))
 
 
+def cross_entropy(logits, target_probs):
+    """`-sum_i target_i * log_softmax(logits)_i` over the last axis, in float32: [B, n] -> [B]."""
+    return -(target_probs * F.log_softmax(logits.float(), dim=-1)).sum(-1)
+
+
 # --- networks --------------------------------------------------------------------------------------------------------
 
 

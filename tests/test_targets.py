@@ -1,4 +1,4 @@
-"""Targets on hand-written episodes, laid out as tables. td = 2 and K = 2 unless said; g = gamma = 0.5 for readable sums."""
+"""Targets on hand-written episodes, laid out as tables; td = 2, K = 2 and gamma = 0.5 unless said."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,6 @@ from pretrain_teacher import (
     make_targets,
     reanalyze,
     stack_frames,
-    unroll_window,
 )
 
 
@@ -37,22 +36,21 @@ def replay_of(reward, end, acted=None, num_envs=1):
 
 def values(replay, rows, v, td=2, K=2, g=0.5):
     """z [B, K+1] with the bootstrap value v[row]."""
-    window = unroll_window(replay, np.array(rows), K + td)
-    targets = make_targets(replay, window, np.full(len(rows), td), K, g)
-    return targets.reward_sum + targets.bootstrap_discount * np.asarray(v, float)[targets.bootstrap_rows], window, targets
+    targets = make_targets(replay, np.array(rows), np.full(len(rows), td), K, g)
+    return targets.reward_sum + targets.bootstrap_discount * np.asarray(v, float)[targets.bootstrap_rows], targets
 
 
 def test_values_over_a_life_loss():
     #  row       0   1   2 | 3   4   5      the action of row 2 loses a life; row 3 is the next episode's first frame
     #  reward   +1   0  +1 | +1  +1  -
     replay = replay_of([1, 0, 1, 1, 1, 0], [0, 0, LIFE_LOST, 0, 0, 0], [1, 1, 1, 1, 1, 0])
-    z, window, _ = values(replay, [0, 2], v=[10, 20, 30, 40, 50, 60])
+    z, targets = values(replay, [0, 2], v=[10, 20, 30, 40, 50, 60])
     # z_0 = r0 + .5 r1 + .25 v(2);  z_1 = r1 + .5 r2, terminal: no v;  z_2 = r2
     np.testing.assert_allclose(z[0], [1 + 0.25 * 30, 0.5, 1])
     # from row 2: z_0 = r2; state 1 is terminal (0, but it exists), state 2 does not exist
     np.testing.assert_allclose(z[1], [1, 0, 0])
-    np.testing.assert_array_equal(window.exists[1, :3], [True, True, False])
-    np.testing.assert_array_equal(window.alive[1, :3], [True, False, False])
+    np.testing.assert_array_equal(targets.exists[1], [True, True, False])
+    np.testing.assert_array_equal(targets.alive[1], [True, False, False])
 
 
 @pytest.mark.parametrize("end", [GAME_OVER, TIME_LIMIT])
@@ -60,20 +58,20 @@ def test_values_over_game_over_and_time_limit(end):
     #  row       0   1   2 | 3   4          the action of row 1 ends the game; row 2 is its last frame; row 3 a new game
     #  acted     1   1   0 | 1   0
     replay = replay_of([1, -1, 0, 1, 0], [0, end, 0, 0, 0], [1, 1, 0, 1, 0])
-    z, window, _ = values(replay, [0, 3], v=[10, 20, 30, 40, 50])
+    z, targets = values(replay, [0, 3], v=[10, 20, 30, 40, 50])
     np.testing.assert_allclose(z[0], [1 - 0.5, -1, 0])  # the last frame's value is never asked for
-    np.testing.assert_array_equal(window.exists[0, :4], [True, True, True, False])
+    np.testing.assert_array_equal(targets.exists[0], [True, True, True])
     # the stream's newest frame, row 4, is not terminal: it is bootstrapped from, one step early
     np.testing.assert_allclose(z[1], [1 + 0.5 * 50, 50, 0])
-    np.testing.assert_array_equal(window.exists[1, :3], [True, True, False])
+    np.testing.assert_array_equal(targets.exists[1], [True, True, False])
 
 
 def test_values_of_a_long_stream_and_side_by_side_environments():
     #  environment 0 holds rows 0 2 4 6 8, environment 1 rows 1 3 5 7 9; both go on
     reward = np.array([1, -1, 0, 1, 1, 0, 0, 1, 0, 0])
     replay = replay_of(reward, np.zeros(10), [1] * 8 + [0] * 2, num_envs=2)
-    z, window, targets = values(replay, [0, 1], v=np.arange(10) * 10)
-    np.testing.assert_array_equal(window.rows[:, :5], [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]])
+    z, targets = values(replay, [0, 1], v=np.arange(10) * 10)
+    np.testing.assert_array_equal(targets.rows, [[0, 2, 4], [1, 3, 5]])
     np.testing.assert_allclose(z[0], [1 + 0 + 0.25 * 40, 0 + 0.5 + 0.25 * 60, 1 + 0 + 0.25 * 80])
     np.testing.assert_allclose(z[1], [-1 + 0.5 + 0.25 * 50, 1 + 0 + 0.25 * 70, 0 + 0.5 + 0.25 * 90])
     np.testing.assert_array_equal(targets.value_prefix, [[1, 1], [-1, 0]])
@@ -81,14 +79,13 @@ def test_values_of_a_long_stream_and_side_by_side_environments():
 
 def test_rewards_are_clipped_to_their_sign():
     replay = replay_of([400, -7, 0.5, 0], np.zeros(4), [1, 1, 1, 0])
-    _, _, targets = values(replay, [0], v=np.zeros(4))
+    _, targets = values(replay, [0], v=np.zeros(4))
     np.testing.assert_allclose(targets.reward_sum[0], [1 - 0.5, -1 + 0.5, 1])
 
 
 def test_each_sample_has_its_own_td():
     replay = replay_of(np.ones(9), np.zeros(9))
-    window = unroll_window(replay, np.array([0, 0]), 5)
-    targets = make_targets(replay, window, np.array([1, 3]), 2, 0.5)
+    targets = make_targets(replay, np.array([0, 0]), np.array([1, 3]), 2, 0.5)
     np.testing.assert_array_equal(targets.bootstrap_rows, [[1, 2, 3], [3, 4, 5]])
     np.testing.assert_allclose(targets.bootstrap_discount[:, 0], [0.5, 0.125])
     np.testing.assert_allclose(targets.reward_sum[:, 0], [1, 1.75])
@@ -96,12 +93,11 @@ def test_each_sample_has_its_own_td():
 
 def test_value_prefix_is_undiscounted_held_past_the_end_and_restarts_after_5_steps():
     replay = replay_of(np.ones(12), np.zeros(12))
-    window = unroll_window(replay, np.array([0]), 12)
-    prefix = make_targets(replay, window, np.array([1]), 11, 0.5).value_prefix
+    prefix = make_targets(replay, np.array([0]), np.array([1]), 11, 0.5).value_prefix
     np.testing.assert_array_equal(prefix[0], [1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1])
     replay = replay_of([1, 1, 0, 1], [0, GAME_OVER, 0, 0], [1, 1, 0, 1])
-    window = unroll_window(replay, np.array([0]), 6)
-    np.testing.assert_array_equal(make_targets(replay, window, np.array([2]), 4, 0.5).value_prefix[0], [1, 2, 2, 2])
+    prefix = make_targets(replay, np.array([0]), np.array([2]), 4, 0.5).value_prefix
+    np.testing.assert_array_equal(prefix[0], [1, 2, 2, 2])
 
 
 def test_td_by_age_at_100k_and_at_2000_transitions():
@@ -130,11 +126,8 @@ def test_frames_of_a_batch_at_starts_and_ends(monkeypatch):
     monkeypatch.setattr("pretrain_teacher.augment", identity)
     #  row      0 1 2 3 | 4 5      row 3's action loses a life: row 4 is the last frame of one and the first of the next
     replay = replay_of(np.zeros(6), [0, 0, 0, LIFE_LOST, 0, 0], [1, 1, 1, 1, 1, 0])
-    rows = np.array([0, 2, 4])
-    window = unroll_window(replay, rows, 4)
-    targets = make_targets(replay, window, np.full(3, 1), 3, 0.5)
-    zeros = np.zeros((3, 4))
-    batch = make_batch(replay, window, targets, np.zeros((3, 4, 18)), zeros, np.ones(3), np.random.default_rng(0), None)
+    targets = make_targets(replay, np.array([0, 2, 4]), np.full(3, 1), 3, 0.5)
+    batch = make_batch(replay, targets, np.ones(3), np.random.default_rng(0), None)
     np.testing.assert_array_equal(batch.obs[:, ::3, 0, 0], [[0, 0, 0, 0], [0, 0, 1, 2], [4, 4, 4, 4]])
     # frames o_t-2 .. o_t+3: the stack of o_t+k is columns k-1 .. k+2; past the end the last frame is repeated
     np.testing.assert_array_equal(
@@ -146,27 +139,43 @@ def test_frames_of_a_batch_at_starts_and_ends(monkeypatch):
     assert batch.action[2, 0] == 4 and batch.action.max() < 18
 
 
-def test_reanalyze_searches_each_living_state_once_and_leaves_terminal_ones_at_zero(monkeypatch):
-    searched = []
+class CountingNet:
+    """Its value of a state is 10 times the number of the newest frame; its search visits that action only."""
 
-    class Net:
-        def initial_inference(self, obs):
-            return None, None, obs[:, 9, 0, 0].float()  # the newest frame's number stands for the value
+    def __init__(self, monkeypatch):
+        self.searched, self.encoded = [], []
+        monkeypatch.setattr("pretrain_teacher.run_search", self.search)
+        monkeypatch.setattr("pretrain_teacher.support_to_scalar", lambda x: x)
 
-    def run_search(net, obs, legal, num_simulations, rng, noise):
-        searched.extend(obs[:, 9, 0, 0].tolist())
+    def initial_inference(self, obs):
+        self.encoded += obs[:, 9, 0, 0].tolist()
+        return None, None, 10 * obs[:, 9, 0, 0].float()
+
+    def search(self, net, obs, legal, num_simulations, rng, noise):
+        frame = obs[:, 9, 0, 0].numpy()
+        self.searched += frame.tolist()
         assert noise
         visits = np.zeros((len(obs), 18), np.int32)
-        visits[np.arange(len(obs)), obs[:, 9, 0, 0]] = num_simulations
-        return type("Result", (), {"visits": visits}), None
+        visits[np.arange(len(obs)), frame] = num_simulations
+        return type("Result", (), {"visits": visits}), 10 * frame
 
-    monkeypatch.setattr("pretrain_teacher.run_search", run_search)
-    monkeypatch.setattr("pretrain_teacher.support_to_scalar", lambda x: x * 10)
+
+def test_reanalyze_searches_each_living_state_once_per_target_network(monkeypatch):
+    net = CountingNet(monkeypatch)
     replay = replay_of([1, 0, 1, 1, 1, 0], [0, 0, LIFE_LOST, 0, 0, 0], [1, 1, 1, 1, 1, 0])
-    window = unroll_window(replay, np.array([0, 1, 1]), 4)
-    targets = make_targets(replay, window, np.full(3, 2), 2, 0.5)
-    policy, value, _ = reanalyze(Net(), replay, window, targets, np.ones(18, bool), 5, None)
-    assert sorted(searched) == [0, 1, 2]
-    np.testing.assert_allclose(value, [[1 + 0.25 * 20, 0.5, 1], [0.5, 1, 0], [0.5, 1, 0]])
-    np.testing.assert_array_equal(policy.argmax(-1), [[0, 1, 2], [1, 2, 0], [1, 2, 0]])
-    np.testing.assert_array_equal(policy.sum(-1), [[1, 1, 1], [1, 1, 0], [1, 1, 0]])
+    legal = np.ones(18, bool)
+    targets = make_targets(replay, np.array([0, 1, 1]), np.full(3, 2), 2, 0.5)
+    assert reanalyze(net, 1, replay, targets, legal, 5, None) is not None
+    assert sorted(net.searched) == [0, 1, 2] and net.encoded == []  # row 2's value came with its search
+    batch = make_batch(replay, targets, np.ones(3), np.random.default_rng(0), torch.Generator())
+    np.testing.assert_allclose(batch.value, [[1 + 0.25 * 20, 0.5, 1], [0.5, 1, 0], [0.5, 1, 0]])
+    np.testing.assert_array_equal(batch.policy.argmax(-1), [[0, 1, 2], [1, 2, 0], [1, 2, 0]])
+    np.testing.assert_array_equal(batch.policy.sum(-1), [[1, 1, 1], [1, 1, 0], [1, 1, 0]])  # terminal: all zero
+    # the same network again: nothing to do; rows 3 and 4 are new to it, row 5 is only bootstrapped from
+    assert reanalyze(net, 1, replay, targets, legal, 5, None) is None
+    targets = make_targets(replay, np.array([3]), np.full(1, 2), 1, 0.5)
+    reanalyze(net, 1, replay, targets, legal, 5, None)
+    assert sorted(net.searched) == [0, 1, 2, 3, 4] and net.encoded == [5]
+    # the next network: everything that the batch needs is stale
+    reanalyze(net, 2, replay, targets, legal, 5, None)
+    assert sorted(net.searched) == [0, 1, 2, 3, 3, 4, 4] and net.encoded == [5, 5]

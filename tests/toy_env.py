@@ -16,36 +16,35 @@ import warnings
 import gymnasium as gym
 import numpy as np
 
-COLUMNS, ROWS = 6, 8  # cells of 16 x 12 pixels
-PADDLE = 2  # columns; the far side is then 4 moves away, as many as the fastest block needs to fall
-VARIANTS = {  # `fall` in rows per step; of the 6 actions, `left` and `right` move the paddle, the others do nothing
-    "Catch-v0": dict(background=(0, 0, 0), block=(255, 255, 255), paddle=(60, 200, 60), fall=1, left=3, right=2),
-    "Catch-v1": dict(background=(40, 60, 120), block=(250, 220, 40), paddle=(230, 90, 60), fall=1, left=1, right=4),
-    "Catch-v2": dict(background=(150, 150, 140), block=(160, 20, 40), paddle=(20, 40, 90), fall=2, left=2, right=5),
+COLUMNS, ROWS = 2, 3  # cells of 48 x 32 pixels
+VARIANTS = {  # `fall` in rows per step; `moves[a // 9]` is the column that action a, one of 18, moves the paddle to
+    "Catch-v0": dict(background=(0, 0, 0), block=(255, 255, 255), paddle=(60, 200, 60), fall=1, moves=(0, 1)),
+    "Catch-v1": dict(background=(40, 60, 120), block=(250, 220, 40), paddle=(230, 90, 60), fall=1, moves=(0, 1)),
+    "Catch-v2": dict(background=(150, 150, 140), block=(160, 20, 40), paddle=(20, 40, 90), fall=1, moves=(1, 0)),
 }
 
 
 class Catch(gym.Env):
     observation_space = gym.spaces.Box(0, 255, (96, 96, 3), np.uint8)
-    action_space = gym.spaces.Discrete(6)
+    action_space = gym.spaces.Discrete(18)
 
-    def __init__(self, background, block, paddle, fall, left, right, drops=5):
+    def __init__(self, background, block, paddle, fall, moves, drops=8):
         self.colours = np.array([background, block, paddle], np.uint8)
-        self.fall, self.moves, self.drops = fall, {left: -1, right: +1}, drops
+        self.fall, self.moves, self.drops = fall, moves, drops
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)  # seeds self.np_random
         self.drops_left = self.drops
-        self.paddle = int(self.np_random.integers(COLUMNS - PADDLE + 1))  # its left column
+        self.paddle = int(self.np_random.integers(COLUMNS))
         self._new_block()
         return self._frame(), {}
 
     def step(self, action):
-        self.paddle = int(np.clip(self.paddle + self.moves.get(int(action), 0), 0, COLUMNS - PADDLE))
+        self.paddle = self.moves[action // 9]
         self.row = min(self.row + self.fall, ROWS - 1)
         if self.row < ROWS - 1:
             return self._frame(), 0.0, False, False, {}
-        reward = 1.0 if self.paddle <= self.column < self.paddle + PADDLE else -1.0
+        reward = 1.0 if self.paddle == self.column else -1.0
         self.drops_left -= 1
         if self.drops_left > 0:
             self._new_block()
@@ -56,7 +55,7 @@ class Catch(gym.Env):
 
     def _frame(self):
         cells = np.zeros((ROWS, COLUMNS), np.uint8)  # 0 background, 1 block, 2 paddle
-        cells[-1, self.paddle : self.paddle + PADDLE] = 2
+        cells[-1, self.paddle] = 2
         cells[self.row, self.column] = 1
         return self.colours[cells].repeat(96 // ROWS, axis=0).repeat(96 // COLUMNS, axis=1)  # (96, 96, 3)
 

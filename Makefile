@@ -1,0 +1,27 @@
+# make quickstart   the whole pipeline on real Atari, tiny and on the CPU
+# make test         every test
+# make lint         ruff: rules and formatting
+# make clean        removes the virtual environment and the caches; runs/ and data/ stay
+PYTHON ?= python3
+
+.PHONY: quickstart test lint clean
+
+quickstart: .venv/installed
+	PYTHON=.venv/bin/python sh benchmark/quickstart.sh
+
+test: .venv/installed
+	.venv/bin/python -m pytest
+
+lint: .venv/installed
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+
+# The stamp file is newer than requirements.txt as long as nothing needs installing.
+.venv/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, set PYTHON=")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__ benchmark/__pycache__
