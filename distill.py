@@ -3,7 +3,7 @@
 
     python distill.py --teachers runs/teacher-alien runs/teacher-amidar --run-dir runs/student
 
-In: the run folders of `pretrain_teacher.py`. Out: a run folder with the student (model.pt), which remembers its teachers.
+In: the run folders of `pretrain_teacher.py`. Out: a run folder with the student (model.pt), which names its teachers.
 Tasks are sampled uniformly; policies and values are the teachers', stored once per state, so no search runs in
 training; value prefix and consistency come from the data. `--policy-target actions` trains the behaviour-cloning
 baseline of Table 1 instead: cross-entropy on the dataset's actions, acted on without a search.
@@ -29,19 +29,8 @@ from ale_py.vector_env import AtariVectorEnv
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from mcts import VALUE_PREFIX_HORIZON, SearchResult, dirichlet_noise, search
-from model import (
-    EfficientZeroNet,
-    ModelConfig,
-    augment,
-    cross_entropy,
-    inference_copy,
-    load_checkpoint,
-    load_manifest,
-    save_checkpoint,
-    scalar_to_support,
-    support_to_scalar,
-)
+import mcts
+import model
 
 
 @dataclass
@@ -77,10 +66,10 @@ def make_writer(args, run_name, run_dir):
     if args.track:
         import wandb
 
-        project = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-        wandb.init(**project, sync_tensorboard=True, config=vars(args), name=run_name, save_code=True)
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_name}
+        wandb.init(**names, sync_tensorboard=True, config=vars(args), save_code=True)
     writer = SummaryWriter(run_dir)
-    table = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
+    table = "".join(f"|{key}|{value}|\n" for key, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     return writer
 
@@ -116,14 +105,13 @@ def make_envs(env_id, num_envs, *, life_loss_ends):
         off = {"repeat_action_probability": 0.0, "reward_clipping": False, "use_fire_reset": False}
         # 0 to 30 no-ops start a game. `episodic_life=True` would restart the whole game at each lost life.
         lives = {"noop_max": 31, "life_loss_info": life_loss_ends, "max_num_frames_per_episode": 108_000}
-        threads = min(num_envs, os.cpu_count() or 1)
-        return AtariVectorEnv(rom, num_envs, num_threads=threads, full_action_space=True, **screen, **off, **lives)
+        full = {"full_action_space": True, "num_threads": min(num_envs, os.cpu_count() or 1)}
+        return AtariVectorEnv(rom, num_envs, **screen, **off, **lives, **full)
     try:
         envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync")
     except (gym.error.Error, ImportError) as error:
-        reason = " ".join(str(error).split())
         expected = "expected <Game>NoFrameskip-v4, or module:Env-v0 with the module's folder on PYTHONPATH"
-        raise SystemExit(f"error: --env-id {env_id}: Gymnasium cannot make it ({reason}); {expected}") from None
+        raise SystemExit(f"error: --env-id {env_id}: {' '.join(str(error).split())}; {expected}") from None
     obs, actions = envs.single_observation_space, envs.single_action_space
     fits = obs.shape == (96, 96, 3) and obs.dtype == np.uint8 and isinstance(actions, gym.spaces.Discrete)
     if not fits or actions.start != 0 or actions.n > 18:
@@ -177,7 +165,7 @@ def load_dataset(folder, device):
 
     Exits with one line if the folder is missing, damaged or of another format version.
     """
-    meta = load_manifest(f"{folder}/meta.json", "xtra-dataset-1")
+    meta = model.load_manifest(f"{folder}/meta.json", "xtra-dataset-1")
     steps = np.load(f"{folder}/steps.npz", allow_pickle=False)
     replay = Replay(meta["rows"], 1, device)
     replay.size = meta["rows"]
@@ -210,8 +198,8 @@ def load_task(folder, device):
 
     Exits with one line if something is missing or damaged, or if teacher and dataset do not belong together.
     """
-    _, checkpoint = load_checkpoint(f"{folder}/model.pt")
-    meta = load_manifest(f"{folder}/targets.json", "xtra-targets-1")
+    meta = model.load_manifest(f"{folder}/targets.json", "xtra-targets-1")
+    _, checkpoint = model.load_checkpoint(f"{folder}/model.pt")
     replay, dataset_meta = load_dataset(os.path.join(folder, meta["dataset"]), device)
     arrays = np.load(f"{folder}/targets.npz", allow_pickle=False)
     replay.policy[:] = arrays["visits"] / meta["num_simulations"]
@@ -267,8 +255,8 @@ def make_targets(replay, roots, td_steps, unroll_steps, gamma=0.997**4):
     taken = exists[:, 1:]  # [B, J] action j was taken
     reward = np.sign(replay.reward[rows[:, :-1]]) * taken  # [B, J]
     prefix = np.cumsum(reward[:, :K], axis=1)  # [B, K]
-    for k in range(K, VALUE_PREFIX_HORIZON, -1):  # u_k counts from the last reset of the LSTM on
-        prefix[:, k - 1] -= prefix[:, (k - 1) // VALUE_PREFIX_HORIZON * VALUE_PREFIX_HORIZON - 1]
+    for k in range(K, mcts.VALUE_PREFIX_HORIZON, -1):  # u_k counts from the last reset of the LSTM on
+        prefix[:, k - 1] -= prefix[:, (k - 1) // mcts.VALUE_PREFIX_HORIZON * mcts.VALUE_PREFIX_HORIZON - 1]
     reward_sum, bootstrap, discount = np.zeros((B, K + 1)), np.empty((B, K + 1), np.int64), np.empty((B, K + 1))
     for k in range(K + 1):
         n = np.minimum(td_steps, taken[:, k:].sum(axis=1))  # [B]
@@ -289,19 +277,20 @@ def run_search(net, obs, legal, num_simulations, rng, noise):
     autocast = torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.device.type == "cuda")
     with torch.no_grad(), autocast:
         latent, policy_logits, value_logits = net.initial_inference(obs)
-        value = support_to_scalar(value_logits).cpu().numpy()
+        value = model.support_to_scalar(value_logits).cpu().numpy()
         if num_simulations == 0:
-            policy = policy_logits.float().softmax(-1).cpu().numpy() * legal
-            return SearchResult(policy, value, np.zeros(len(legal))), value
+            logits = policy_logits.float().cpu().masked_fill(~torch.as_tensor(legal), -torch.inf)
+            policy = logits.softmax(-1).numpy()
+            return mcts.SearchResult(policy, value, np.zeros(len(legal))), value
 
         def recurrent(latent, action, lstm_state):
             latent, lstm_state, prefix, policy, value = net.recurrent_inference(latent, action, lstm_state)
-            return latent, lstm_state, support_to_scalar(prefix), support_to_scalar(value), policy
+            return latent, lstm_state, model.support_to_scalar(prefix), model.support_to_scalar(value), policy
 
-        result = search(
+        result = mcts.search(
             *(recurrent, latent, policy_logits, legal, num_simulations),
             lstm_size=net.config.lstm_size,
-            noise=dirichlet_noise(rng, legal) if noise else None,
+            noise=mcts.dirichlet_noise(rng, legal) if noise else None,
             seeds=rng.integers(1, 2**63, len(legal), dtype=np.uint64),
             threads=min(8, os.cpu_count()) if obs.is_cuda else 1,
         )
@@ -335,8 +324,8 @@ def make_batch(replay, targets, weight, rng, generator):
         torch.as_tensor(x, dtype=torch.float32) for x in (targets.exists, policy, value, targets.value_prefix, weight)
     ]
     return Batch(
-        augment(frames[:, :4].flatten(1, 2), generator),
-        augment(frames[:, 1:].flatten(1, 2), generator),
+        model.augment(frames[:, :4].flatten(1, 2), generator),
+        model.augment(frames[:, 1:].flatten(1, 2), generator),
         torch.as_tensor(action).to(device),
         *[x.to(device) for x in arrays],
     )
@@ -362,10 +351,11 @@ def unroll_loss(net, batch):
     support = net.config.support
     latent, policy_logits, value_logits = net.initial_inference(batch.obs)
     lstm_state = net.initial_lstm_state(B, latent)
-    priority = (support_to_scalar(value_logits.detach()) - batch.value[:, 0]).abs() + 1e-6
-    value_code, prefix_code = scalar_to_support(batch.value, support), scalar_to_support(batch.value_prefix, support)
-    policy = cross_entropy(policy_logits, batch.policy[:, 0])
-    value = cross_entropy(value_logits, value_code[:, 0])
+    priority = (model.support_to_scalar(value_logits.detach()) - batch.value[:, 0]).abs() + 1e-6
+    value_code = model.scalar_to_support(batch.value, support)  # [B, K+1, S]
+    prefix_code = model.scalar_to_support(batch.value_prefix, support)  # [B, K, S]
+    policy = model.cross_entropy(policy_logits, batch.policy[:, 0])
+    value = model.cross_entropy(value_logits, value_code[:, 0])
     value_prefix, consistency = torch.zeros_like(value), torch.zeros_like(value)
     for k in range(1, K + 1):
         latent, lstm_state, prefix_logits, policy_logits, value_logits = net.recurrent_inference(
@@ -376,11 +366,11 @@ def unroll_loss(net, batch):
             target = net.projector(target_latent).float()
         online = net.predictor(net.projector(latent)).float()
         mask = batch.mask[:, k]  # [B]
-        policy += mask * cross_entropy(policy_logits, batch.policy[:, k])
-        value += mask * cross_entropy(value_logits, value_code[:, k])
-        value_prefix += mask * cross_entropy(prefix_logits, prefix_code[:, k - 1])
+        policy += mask * model.cross_entropy(policy_logits, batch.policy[:, k])
+        value += mask * model.cross_entropy(value_logits, value_code[:, k])
+        value_prefix += mask * model.cross_entropy(prefix_logits, prefix_code[:, k - 1])
         consistency -= mask * F.cosine_similarity(online, target, dim=-1, eps=1e-5)
-        if k % VALUE_PREFIX_HORIZON == 0:
+        if k % mcts.VALUE_PREFIX_HORIZON == 0:
             lstm_state = net.initial_lstm_state(B, latent)
     terms = {"value_prefix": value_prefix, "policy": policy, "value": value, "consistency": consistency}
     return value_prefix + policy + 0.25 * value + 2.0 * consistency, terms, priority
@@ -432,10 +422,9 @@ def evaluate(net, env_id, episodes, max_frames, num_simulations, device, movie=N
 # Copied from pretrain_teacher.py
 def log_evaluation(run_dir, writer, env_id, env_steps, updates, returns, lengths, suffix=""):
     """Appends one line per game to evaluations.csv and the means to TensorBoard."""
-    path = f"{run_dir}/evaluations.csv"
-    header = "" if os.path.exists(path) else "env_steps,updates,episode,return,length,env_id\n"
     games = enumerate(zip(returns.tolist(), lengths.tolist(), strict=True))
-    with open(path, "a") as file:
+    with open(f"{run_dir}/evaluations.csv", "a") as file:
+        header = "" if file.tell() else "env_steps,updates,episode,return,length,env_id\n"
         file.write(header + "".join(f"{env_steps},{updates},{i},{r},{length},{env_id}\n" for i, (r, length) in games))
     writer.add_scalar("eval/episodic_return" + suffix, returns.mean(), updates)
     writer.add_scalar("eval/episodic_length" + suffix, lengths.mean(), updates)
@@ -449,8 +438,10 @@ def check_args(args, may_be_zero=()):
         lowest = 0 if name in may_be_zero or isinstance(value, float) else 1
         if isinstance(value, int | float) and not isinstance(value, bool) and not lowest <= value < float("inf"):
             raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {lowest} or more")
-    if args.run_dir and os.path.exists(os.path.join(args.run_dir, "evaluations.csv")):
-        raise SystemExit(f"error: --run-dir {args.run_dir} holds a run already; choose another folder or remove it")
+    if args.run_dir and (os.path.isfile(args.run_dir) or os.path.exists(f"{args.run_dir}/evaluations.csv")):
+        raise SystemExit(f"error: --run-dir {args.run_dir} holds a run already, or is a file; choose another folder")
+    if min(args.batch_size, args.channels or 2) < 2:
+        raise SystemExit("error: --batch-size and --channels need 2 or more, for batch norm and the first convolution")
 
 
 if __name__ == "__main__":
@@ -481,8 +472,8 @@ if __name__ == "__main__":
     generator = torch.Generator(device).manual_seed(args.seed)  # augmentation
 
     # agent setup
-    net = EfficientZeroNet(ModelConfig.of_width(args.channels, args.blocks)).train()
-    net = net.to(device, memory_format=torch.channels_last)
+    config = model.ModelConfig.of_width(args.channels, args.blocks)
+    net = model.EfficientZeroNet(config).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
     loss_function = cloning_loss if args.policy_target == "actions" else unroll_loss
     num_simulations = 0 if args.policy_target == "actions" else args.num_simulations
@@ -497,7 +488,7 @@ if __name__ == "__main__":
         if updates % args.eval_every == 0 or updates == args.num_updates:
             for task in tasks:
                 settings = args.eval_episodes, args.eval_max_frames, num_simulations
-                returns, lengths = evaluate(inference_copy(net), task.env_id, *settings, device)
+                returns, lengths = evaluate(model.inference_copy(net), task.env_id, *settings, device)
                 log_evaluation(run_dir, writer, task.env_id, 0, updates, returns, lengths, f"/{task.env_id}")
                 writer.add_scalar(f"charts/teacher/avg_episodic_return/{task.env_id}", task.score, updates)
                 tqdm.write(f"    its teacher: {task.score:.1f}")
@@ -543,7 +534,7 @@ if __name__ == "__main__":
     # save the student
     counters = {"updates": args.num_updates, "scores": scores}
     saved_args = vars(args) | {"teachers": [os.path.relpath(folder, run_dir) for folder in args.teachers]}
-    save_checkpoint(f"{run_dir}/model.pt", net, saved_args, env_ids, counters)
+    model.save_checkpoint(f"{run_dir}/model.pt", net, saved_args, env_ids, counters)
     writer.close()
     for task in tasks:
         print(f"{task.env_id}: student {scores[task.env_id]:.1f}, its teacher {task.score:.1f}")

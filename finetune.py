@@ -34,21 +34,8 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from mcts import VALUE_PREFIX_HORIZON, SearchResult, dirichlet_noise, search
-from model import (
-    EfficientZeroNet,
-    ModelConfig,
-    augment,
-    cross_entropy,
-    inference_copy,
-    load_checkpoint,
-    load_manifest,
-    save_checkpoint,
-    scalar_to_support,
-    support_to_scalar,
-    write_file,
-    write_manifest,
-)
+import mcts
+import model
 
 
 @dataclass
@@ -66,7 +53,7 @@ class Args:
     # Algorithm specific arguments
     env_id: str = "MsPacmanNoFrameskip-v4"  # the target game
     total_timesteps: int = 100_000  # environment steps, and updates; 0 evaluates only (zero-shot)
-    extra_updates: int = 0  # updates after the last environment step, at a tenth of the rate (Table 2: 20,000)
+    extra_updates: int = 0  # updates after the last environment step; from 101 % on at a tenth of the rate (Table 2)
     num_envs: int = 8  # environments that play side by side
     learning_starts: int = 2_000  # environment steps before the first update; random, or searched if pretrained
     channels: int | None = None  # channels of the latent; default: the checkpoint's, else 64
@@ -102,10 +89,10 @@ def make_writer(args, run_name, run_dir):
     if args.track:
         import wandb
 
-        project = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-        wandb.init(**project, sync_tensorboard=True, config=vars(args), name=run_name, save_code=True)
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_name}
+        wandb.init(**names, sync_tensorboard=True, config=vars(args), save_code=True)
     writer = SummaryWriter(run_dir)
-    table = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
+    table = "".join(f"|{key}|{value}|\n" for key, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     return writer
 
@@ -141,14 +128,13 @@ def make_envs(env_id, num_envs, *, life_loss_ends):
         off = {"repeat_action_probability": 0.0, "reward_clipping": False, "use_fire_reset": False}
         # 0 to 30 no-ops start a game. `episodic_life=True` would restart the whole game at each lost life.
         lives = {"noop_max": 31, "life_loss_info": life_loss_ends, "max_num_frames_per_episode": 108_000}
-        threads = min(num_envs, os.cpu_count() or 1)
-        return AtariVectorEnv(rom, num_envs, num_threads=threads, full_action_space=True, **screen, **off, **lives)
+        full = {"full_action_space": True, "num_threads": min(num_envs, os.cpu_count() or 1)}
+        return AtariVectorEnv(rom, num_envs, **screen, **off, **lives, **full)
     try:
         envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync")
     except (gym.error.Error, ImportError) as error:
-        reason = " ".join(str(error).split())
         expected = "expected <Game>NoFrameskip-v4, or module:Env-v0 with the module's folder on PYTHONPATH"
-        raise SystemExit(f"error: --env-id {env_id}: Gymnasium cannot make it ({reason}); {expected}") from None
+        raise SystemExit(f"error: --env-id {env_id}: {' '.join(str(error).split())}; {expected}") from None
     obs, actions = envs.single_observation_space, envs.single_action_space
     fits = obs.shape == (96, 96, 3) and obs.dtype == np.uint8 and isinstance(actions, gym.spaces.Discrete)
     if not fits or actions.start != 0 or actions.n > 18:
@@ -198,8 +184,7 @@ class Replay:
 
 def add_frames(replay, frames, age):
     """Appends one row per environment, not acted on yet: frames uint8 [E, 96, 96, 3], age [E]."""
-    E = replay.num_envs
-    rows = slice(replay.size, replay.size + E)
+    rows = slice(replay.size, replay.size + replay.num_envs)
     if rows.stop > len(replay.action):  # games of a few steps each have more last frames than the first size foresaw
         for name, array in vars(replay).items():
             if isinstance(array, torch.Tensor):
@@ -208,7 +193,7 @@ def add_frames(replay, frames, age):
                 setattr(replay, name, np.concatenate([array, np.zeros_like(array)]))
     replay.frames[rows] = torch.as_tensor(frames).permute(0, 3, 1, 2).to(replay.frames.device)
     replay.age[rows] = age
-    replay.size += E
+    replay.size = rows.stop
 
 
 def save_dataset(folder, replay, meta):
@@ -216,8 +201,9 @@ def save_dataset(folder, replay, meta):
 
     The streams of the environments follow one another. meta: what else to say in meta.json, env_id included.
     """
-    temporary = f"{folder}.tmp"
+    temporary = f"{os.path.normpath(folder)}.tmp"
     order = np.concatenate([np.arange(env, replay.size, replay.num_envs) for env in range(replay.num_envs)])  # [R]
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
     try:
         os.makedirs(temporary)
         compressor, offsets = zstandard.ZstdCompressor(level=1), [0]
@@ -230,9 +216,9 @@ def save_dataset(folder, replay, meta):
         flags |= {"acted": replay.acted[order], "action": replay.action[order].astype(np.uint8)}
         np.savez(f"{temporary}/steps.npz", chunk_offsets=np.array(offsets), reward=replay.reward[order], **flags)
         fields = meta | {"rows": replay.size, "env_steps": int(replay.acted.sum())}
-        write_manifest(f"{temporary}/meta.json", "xtra-dataset-1", fields, ["frames", "steps.npz"])
+        model.write_manifest(f"{temporary}/meta.json", "xtra-dataset-1", fields, ["frames", "steps.npz"])
         os.rename(temporary, folder)
-    except OSError as error:
+    except (OSError, SystemExit) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise SystemExit(f"error: --save-dataset {folder} could not be written ({error}); free some space") from None
 
@@ -243,7 +229,7 @@ def load_dataset(folder, device):
 
     Exits with one line if the folder is missing, damaged or of another format version.
     """
-    meta = load_manifest(f"{folder}/meta.json", "xtra-dataset-1")
+    meta = model.load_manifest(f"{folder}/meta.json", "xtra-dataset-1")
     steps = np.load(f"{folder}/steps.npz", allow_pickle=False)
     replay = Replay(meta["rows"], 1, device)
     replay.size = meta["rows"]
@@ -278,8 +264,8 @@ def load_task(folder, device):
 
     Exits with one line if something is missing or damaged, or if teacher and dataset do not belong together.
     """
-    _, checkpoint = load_checkpoint(f"{folder}/model.pt")
-    meta = load_manifest(f"{folder}/targets.json", "xtra-targets-1")
+    meta = model.load_manifest(f"{folder}/targets.json", "xtra-targets-1")
+    _, checkpoint = model.load_checkpoint(f"{folder}/model.pt")
     replay, dataset_meta = load_dataset(os.path.join(folder, meta["dataset"]), device)
     arrays = np.load(f"{folder}/targets.npz", allow_pickle=False)
     replay.policy[:] = arrays["visits"] / meta["num_simulations"]
@@ -346,8 +332,8 @@ def make_targets(replay, roots, td_steps, unroll_steps, gamma=0.997**4):
     taken = exists[:, 1:]  # [B, J] action j was taken
     reward = np.sign(replay.reward[rows[:, :-1]]) * taken  # [B, J]
     prefix = np.cumsum(reward[:, :K], axis=1)  # [B, K]
-    for k in range(K, VALUE_PREFIX_HORIZON, -1):  # u_k counts from the last reset of the LSTM on
-        prefix[:, k - 1] -= prefix[:, (k - 1) // VALUE_PREFIX_HORIZON * VALUE_PREFIX_HORIZON - 1]
+    for k in range(K, mcts.VALUE_PREFIX_HORIZON, -1):  # u_k counts from the last reset of the LSTM on
+        prefix[:, k - 1] -= prefix[:, (k - 1) // mcts.VALUE_PREFIX_HORIZON * mcts.VALUE_PREFIX_HORIZON - 1]
     reward_sum, bootstrap, discount = np.zeros((B, K + 1)), np.empty((B, K + 1), np.int64), np.empty((B, K + 1))
     for k in range(K + 1):
         n = np.minimum(td_steps, taken[:, k:].sum(axis=1))  # [B]
@@ -374,19 +360,20 @@ def run_search(net, obs, legal, num_simulations, rng, noise):
     autocast = torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.device.type == "cuda")
     with torch.no_grad(), autocast:
         latent, policy_logits, value_logits = net.initial_inference(obs)
-        value = support_to_scalar(value_logits).cpu().numpy()
+        value = model.support_to_scalar(value_logits).cpu().numpy()
         if num_simulations == 0:
-            policy = policy_logits.float().softmax(-1).cpu().numpy() * legal
-            return SearchResult(policy, value, np.zeros(len(legal))), value
+            logits = policy_logits.float().cpu().masked_fill(~torch.as_tensor(legal), -torch.inf)
+            policy = logits.softmax(-1).numpy()
+            return mcts.SearchResult(policy, value, np.zeros(len(legal))), value
 
         def recurrent(latent, action, lstm_state):
             latent, lstm_state, prefix, policy, value = net.recurrent_inference(latent, action, lstm_state)
-            return latent, lstm_state, support_to_scalar(prefix), support_to_scalar(value), policy
+            return latent, lstm_state, model.support_to_scalar(prefix), model.support_to_scalar(value), policy
 
-        result = search(
+        result = mcts.search(
             *(recurrent, latent, policy_logits, legal, num_simulations),
             lstm_size=net.config.lstm_size,
-            noise=dirichlet_noise(rng, legal) if noise else None,
+            noise=mcts.dirichlet_noise(rng, legal) if noise else None,
             seeds=rng.integers(1, 2**63, len(legal), dtype=np.uint64),
             threads=min(8, os.cpu_count()) if obs.is_cuda else 1,
         )
@@ -398,8 +385,8 @@ def reanalyze(net, version, replay, targets, legal, num_simulations, rng):
     """Brings the stored policies and values that a batch needs up to `net`, the `version`-th target network.
 
     Policies are searched with noise, values are the value head (a search's root value is an option of the released
-    code, off by default). The target network changes every 200 updates only, so a state that comes again before that keeps
-    its target, its noise included. Returns the SearchResult, or None if nothing was stale.
+    code, off by default). The target network changes every 200 updates only: a state that comes again before that
+    keeps its target, noise included. Returns the SearchResult, or None if nothing was stale.
     """
     states = targets.rows[targets.alive]
     states = np.unique(states[replay.policy_version[states] != version])  # [n]
@@ -414,7 +401,7 @@ def reanalyze(net, version, replay, targets, legal, num_simulations, rng):
     if len(states):
         obs = stack_frames(replay, states)
         with torch.no_grad(), torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.is_cuda):
-            replay.value[states] = support_to_scalar(net.initial_inference(obs)[2]).cpu().numpy()
+            replay.value[states] = model.support_to_scalar(net.initial_inference(obs)[2]).cpu().numpy()
         replay.value_version[states] = version
     return result
 
@@ -446,8 +433,8 @@ def make_batch(replay, targets, weight, rng, generator):
         torch.as_tensor(x, dtype=torch.float32) for x in (targets.exists, policy, value, targets.value_prefix, weight)
     ]
     return Batch(
-        augment(frames[:, :4].flatten(1, 2), generator),
-        augment(frames[:, 1:].flatten(1, 2), generator),
+        model.augment(frames[:, :4].flatten(1, 2), generator),
+        model.augment(frames[:, 1:].flatten(1, 2), generator),
         torch.as_tensor(action).to(device),
         *[x.to(device) for x in arrays],
     )
@@ -470,7 +457,7 @@ def select_actions(visits, temperature, rng):
     """Samples one action per row of visits [E, A] with probability `visits^(1/temperature)`, normalised -> [E]."""
     probs = (visits / visits.max(axis=1, keepdims=True)) ** (1 / temperature)
     cumulative = np.cumsum(probs, axis=1)
-    return (cumulative < rng.random((len(visits), 1)) * cumulative[:, -1:]).sum(axis=1)
+    return (cumulative <= rng.random((len(visits), 1)) * cumulative[:, -1:]).sum(axis=1)
 
 
 # --- loss ---
@@ -486,10 +473,11 @@ def unroll_loss(net, batch):
     support = net.config.support
     latent, policy_logits, value_logits = net.initial_inference(batch.obs)
     lstm_state = net.initial_lstm_state(B, latent)
-    priority = (support_to_scalar(value_logits.detach()) - batch.value[:, 0]).abs() + 1e-6
-    value_code, prefix_code = scalar_to_support(batch.value, support), scalar_to_support(batch.value_prefix, support)
-    policy = cross_entropy(policy_logits, batch.policy[:, 0])
-    value = cross_entropy(value_logits, value_code[:, 0])
+    priority = (model.support_to_scalar(value_logits.detach()) - batch.value[:, 0]).abs() + 1e-6
+    value_code = model.scalar_to_support(batch.value, support)  # [B, K+1, S]
+    prefix_code = model.scalar_to_support(batch.value_prefix, support)  # [B, K, S]
+    policy = model.cross_entropy(policy_logits, batch.policy[:, 0])
+    value = model.cross_entropy(value_logits, value_code[:, 0])
     value_prefix, consistency = torch.zeros_like(value), torch.zeros_like(value)
     for k in range(1, K + 1):
         latent, lstm_state, prefix_logits, policy_logits, value_logits = net.recurrent_inference(
@@ -500,11 +488,11 @@ def unroll_loss(net, batch):
             target = net.projector(target_latent).float()
         online = net.predictor(net.projector(latent)).float()
         mask = batch.mask[:, k]  # [B]
-        policy += mask * cross_entropy(policy_logits, batch.policy[:, k])
-        value += mask * cross_entropy(value_logits, value_code[:, k])
-        value_prefix += mask * cross_entropy(prefix_logits, prefix_code[:, k - 1])
+        policy += mask * model.cross_entropy(policy_logits, batch.policy[:, k])
+        value += mask * model.cross_entropy(value_logits, value_code[:, k])
+        value_prefix += mask * model.cross_entropy(prefix_logits, prefix_code[:, k - 1])
         consistency -= mask * F.cosine_similarity(online, target, dim=-1, eps=1e-5)
-        if k % VALUE_PREFIX_HORIZON == 0:
+        if k % mcts.VALUE_PREFIX_HORIZON == 0:
             lstm_state = net.initial_lstm_state(B, latent)
     terms = {"value_prefix": value_prefix, "policy": policy, "value": value, "consistency": consistency}
     return value_prefix + policy + 0.25 * value + 2.0 * consistency, terms, priority
@@ -577,10 +565,9 @@ def evaluate(net, env_id, episodes, max_frames, num_simulations, device, movie=N
 # Copied from pretrain_teacher.py
 def log_evaluation(run_dir, writer, env_id, env_steps, updates, returns, lengths, suffix=""):
     """Appends one line per game to evaluations.csv and the means to TensorBoard."""
-    path = f"{run_dir}/evaluations.csv"
-    header = "" if os.path.exists(path) else "env_steps,updates,episode,return,length,env_id\n"
     games = enumerate(zip(returns.tolist(), lengths.tolist(), strict=True))
-    with open(path, "a") as file:
+    with open(f"{run_dir}/evaluations.csv", "a") as file:
+        header = "" if file.tell() else "env_steps,updates,episode,return,length,env_id\n"
         file.write(header + "".join(f"{env_steps},{updates},{i},{r},{length},{env_id}\n" for i, (r, length) in games))
     writer.add_scalar("eval/episodic_return" + suffix, returns.mean(), updates)
     writer.add_scalar("eval/episodic_length" + suffix, lengths.mean(), updates)
@@ -591,7 +578,7 @@ def save_gif(path, frames):
     """Writes a list of uint8 frames [96, 96, 3] as a gif of 15 frames a second, three times as large."""
     images = [Image.fromarray(frame).resize((288, 288), Image.NEAREST) for frame in frames]
     options = {"save_all": True, "append_images": images[1:], "duration": 67, "loop": 0}
-    write_file(path, lambda file: images[0].save(file, "GIF", **options))
+    model.write_file(path, lambda file: images[0].save(file, "GIF", **options))
 
 
 # Copied from pretrain_teacher.py
@@ -610,8 +597,10 @@ def check_args(args, may_be_zero=()):
         lowest = 0 if name in may_be_zero or isinstance(value, float) else 1
         if isinstance(value, int | float) and not isinstance(value, bool) and not lowest <= value < float("inf"):
             raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {lowest} or more")
-    if args.run_dir and os.path.exists(os.path.join(args.run_dir, "evaluations.csv")):
-        raise SystemExit(f"error: --run-dir {args.run_dir} holds a run already; choose another folder or remove it")
+    if args.run_dir and (os.path.isfile(args.run_dir) or os.path.exists(f"{args.run_dir}/evaluations.csv")):
+        raise SystemExit(f"error: --run-dir {args.run_dir} holds a run already, or is a file; choose another folder")
+    if min(args.batch_size, args.channels or 2) < 2:
+        raise SystemExit("error: --batch-size and --channels need 2 or more, for batch norm and the first convolution")
 
 
 def load_networks(args, device):
@@ -621,9 +610,9 @@ def load_networks(args, device):
     SimSiam heads compare what g predicts with what h sees: they come along with both.
     """
     if args.pretrained is None:
-        config = ModelConfig.of_width(args.channels or 64, args.blocks or 1)
-        return EfficientZeroNet(config).to(device), args.teachers
-    pretrained, checkpoint = load_checkpoint(f"{args.pretrained}/model.pt", device)
+        config = model.ModelConfig.of_width(args.channels or 64, args.blocks or 1)
+        return model.EfficientZeroNet(config).to(device), args.teachers
+    pretrained, checkpoint = model.load_checkpoint(f"{args.pretrained}/model.pt", device)
     for name in ("channels", "blocks"):
         found, asked = getattr(pretrained.config, name), getattr(args, name)
         if asked not in (None, found):
@@ -631,7 +620,7 @@ def load_networks(args, device):
     teachers = [os.path.join(args.pretrained, folder) for folder in checkpoint["args"].get("teachers", ())]
     if args.cross_task and args.total_timesteps and not (args.teachers or teachers):
         raise SystemExit(f"error: --pretrained {args.pretrained} names no teachers; give --teachers or --no-cross-task")
-    net = EfficientZeroNet(pretrained.config).to(device)
+    net = model.EfficientZeroNet(pretrained.config).to(device)
     parts = {"hgf": ("representation", "dynamics", "prediction", "projector", "predictor"), "h": ("representation",)}
     parts["hg"] = ("representation", "dynamics", "projector", "predictor")
     for part in parts[args.transfer]:
@@ -641,11 +630,16 @@ def load_networks(args, device):
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    check_args(args, may_be_zero=("seed", "total_timesteps", "extra_updates", "num_simulations", "learning_starts"))
+    may_be_zero = ("seed", "total_timesteps", "extra_updates", "num_simulations", "learning_starts", "similarity_start")
+    check_args(args, may_be_zero)
     if args.num_simulations == 0 and args.total_timesteps:
         raise SystemExit("error: --num-simulations 0 only evaluates; training searches, give 1 or more")
-    if args.total_timesteps and args.learning_starts < args.batch_size:
-        raise SystemExit(f"error: --learning-starts {args.learning_starts} < --batch-size {args.batch_size}; raise it")
+    for name in ("learning_starts", "total_timesteps"):
+        if args.total_timesteps and getattr(args, name) < args.batch_size:
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise SystemExit(f"error: {flag} is less than --batch-size {args.batch_size}; raise it or lower that")
+    if args.similarity_updates >= args.similarity_interval:
+        raise SystemExit("error: --similarity-updates must be less than --similarity-interval; lower it")
     if args.teachers and not args.cross_task:
         raise SystemExit("error: --teachers are not used with --no-cross-task; leave one of the two out")
     if args.save_dataset and os.path.exists(args.save_dataset):
@@ -684,7 +678,7 @@ if __name__ == "__main__":
         net.representation.requires_grad_(False).eval()  # its batch norm statistics stay too
     parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4)
-    self_play_net = target_net = next_target_net = inference_copy(net)
+    self_play_net = target_net = next_target_net = model.inference_copy(net)
     total_updates = args.total_timesteps + args.extra_updates if training else 0
     log_every = max(1, min(100, args.total_timesteps // 100))  # updates
     eta = torch.ones(m, device=device)  # task weights
@@ -707,7 +701,7 @@ if __name__ == "__main__":
         if updates % args.eval_every == 0 or updates == total_updates:
             movie = [] if args.capture_video else None
             settings = args.eval_episodes, args.eval_max_frames, args.num_simulations
-            returns, lengths = evaluate(inference_copy(net), args.env_id, *settings, device, movie)
+            returns, lengths = evaluate(model.inference_copy(net), args.env_id, *settings, device, movie)
             log_evaluation(run_dir, writer, args.env_id, env_steps, updates, returns, lengths)
             bar.set_postfix(episodic_return=f"{returns.mean():.1f}")
             if movie:
@@ -749,9 +743,9 @@ if __name__ == "__main__":
 
         # ALGO LOGIC: training.
         if updates % 100 == 0:
-            self_play_net = inference_copy(net)
+            self_play_net = model.inference_copy(net)
         if updates % 200 == 0:  # the target network is the network of 200 to 400 updates ago
-            target_net, next_target_net = next_target_net, inference_copy(net)
+            target_net, next_target_net = next_target_net, model.inference_copy(net)
         beta = 0.4 + 0.6 * min(1.0, updates / (1.2 * args.total_timesteps))
         rows, weight = sample(replay, args.batch_size, beta, rng)
         td_steps = td_steps_by_age(env_steps - replay.stored_at[rows], args.total_timesteps, args.td_steps)
@@ -778,7 +772,7 @@ if __name__ == "__main__":
                 similar, measured = similar + (cosines > args.similarity_threshold), measured + 1
                 for env_id, cosine in zip(env_ids, cosines.tolist(), strict=True):
                     writer.add_scalar(f"transfer/grad_cosine/{env_id}", cosine, updates)
-            if phase == args.similarity_updates % args.similarity_interval and measured:
+            if phase == args.similarity_updates and measured:
                 eta, similar, measured = similar / measured, torch.zeros(m, device=device), 0
         loss = combine_losses(target_loss, task_losses, eta, args.paper_loss)
         for group in optimizer.param_groups:
@@ -813,7 +807,7 @@ if __name__ == "__main__":
     # save the agent and what it collected
     counters = {"updates": updates, "env_steps": env_steps, "scores": {args.env_id: float(returns.mean())}}
     saved_args = vars(args) | {"teachers": [os.path.relpath(folder, run_dir) for folder in teachers]}
-    save_checkpoint(f"{run_dir}/model.pt", net, saved_args, [args.env_id, *env_ids], counters)
+    model.save_checkpoint(f"{run_dir}/model.pt", net, saved_args, [args.env_id, *env_ids], counters)
     envs.close()
     writer.close()
     if args.save_dataset:

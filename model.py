@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -329,8 +328,9 @@ def load_manifest(path, format):
             manifest = json.load(file)
         checksum, found, digests = manifest.pop("checksum"), manifest["format"], manifest["sha256"]
         intact = checksum == hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-    except FileNotFoundError:
-        raise SystemExit(f"error: {path} not found; expected a folder of format {format}; check its name") from None
+    except OSError as error:
+        reason = f"{error.strerror}: expected a folder of format {format}"
+        raise SystemExit(f"error: {path} not found or not readable ({reason}); check its name") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact:
@@ -372,9 +372,7 @@ def load_checkpoint(path, device="cpu"):
     if not os.path.isfile(path):
         raise SystemExit(f"error: {path} not found: expected the model.pt of a run folder; check the folder's name")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load answers a damaged file with any of a dozen types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SystemExit(f"error: {path} is damaged or is no checkpoint ({reason[:120]}); write it again") from None
@@ -385,5 +383,6 @@ def load_checkpoint(path, device="cpu"):
         net = EfficientZeroNet(ModelConfig(**checkpoint["config"])).to(device)
         net.load_state_dict(checkpoint.pop("model"), strict=True)
     except (KeyError, TypeError, RuntimeError) as error:
-        raise SystemExit(f"error: {path} does not fit its own config ({str(error).splitlines()[0][:120]})") from None
+        reason = " ".join(str(error).split())[:200]
+        raise SystemExit(f"error: {path} does not fit its own config ({reason}); write it again") from None
     return net.eval(), checkpoint

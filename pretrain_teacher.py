@@ -28,20 +28,8 @@ from ale_py.vector_env import AtariVectorEnv
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from mcts import VALUE_PREFIX_HORIZON, SearchResult, dirichlet_noise, search
-from model import (
-    EfficientZeroNet,
-    ModelConfig,
-    augment,
-    cross_entropy,
-    inference_copy,
-    load_manifest,
-    save_checkpoint,
-    scalar_to_support,
-    support_to_scalar,
-    write_file,
-    write_manifest,
-)
+import mcts
+import model
 
 
 @dataclass
@@ -75,10 +63,10 @@ def make_writer(args, run_name, run_dir):
     if args.track:
         import wandb
 
-        project = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-        wandb.init(**project, sync_tensorboard=True, config=vars(args), name=run_name, save_code=True)
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_name}
+        wandb.init(**names, sync_tensorboard=True, config=vars(args), save_code=True)
     writer = SummaryWriter(run_dir)
-    table = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
+    table = "".join(f"|{key}|{value}|\n" for key, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     return writer
 
@@ -112,14 +100,13 @@ def make_envs(env_id, num_envs, *, life_loss_ends):
         off = {"repeat_action_probability": 0.0, "reward_clipping": False, "use_fire_reset": False}
         # 0 to 30 no-ops start a game. `episodic_life=True` would restart the whole game at each lost life.
         lives = {"noop_max": 31, "life_loss_info": life_loss_ends, "max_num_frames_per_episode": 108_000}
-        threads = min(num_envs, os.cpu_count() or 1)
-        return AtariVectorEnv(rom, num_envs, num_threads=threads, full_action_space=True, **screen, **off, **lives)
+        full = {"full_action_space": True, "num_threads": min(num_envs, os.cpu_count() or 1)}
+        return AtariVectorEnv(rom, num_envs, **screen, **off, **lives, **full)
     try:
         envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync")
     except (gym.error.Error, ImportError) as error:
-        reason = " ".join(str(error).split())
         expected = "expected <Game>NoFrameskip-v4, or module:Env-v0 with the module's folder on PYTHONPATH"
-        raise SystemExit(f"error: --env-id {env_id}: Gymnasium cannot make it ({reason}); {expected}") from None
+        raise SystemExit(f"error: --env-id {env_id}: {' '.join(str(error).split())}; {expected}") from None
     obs, actions = envs.single_observation_space, envs.single_action_space
     fits = obs.shape == (96, 96, 3) and obs.dtype == np.uint8 and isinstance(actions, gym.spaces.Discrete)
     if not fits or actions.start != 0 or actions.n > 18:
@@ -170,7 +157,7 @@ def load_dataset(folder, device):
 
     Exits with one line if the folder is missing, damaged or of another format version.
     """
-    meta = load_manifest(f"{folder}/meta.json", "xtra-dataset-1")
+    meta = model.load_manifest(f"{folder}/meta.json", "xtra-dataset-1")
     steps = np.load(f"{folder}/steps.npz", allow_pickle=False)
     replay = Replay(meta["rows"], 1, device)
     replay.size = meta["rows"]
@@ -248,8 +235,8 @@ def make_targets(replay, roots, td_steps, unroll_steps, gamma=0.997**4):
     taken = exists[:, 1:]  # [B, J] action j was taken
     reward = np.sign(replay.reward[rows[:, :-1]]) * taken  # [B, J]
     prefix = np.cumsum(reward[:, :K], axis=1)  # [B, K]
-    for k in range(K, VALUE_PREFIX_HORIZON, -1):  # u_k counts from the last reset of the LSTM on
-        prefix[:, k - 1] -= prefix[:, (k - 1) // VALUE_PREFIX_HORIZON * VALUE_PREFIX_HORIZON - 1]
+    for k in range(K, mcts.VALUE_PREFIX_HORIZON, -1):  # u_k counts from the last reset of the LSTM on
+        prefix[:, k - 1] -= prefix[:, (k - 1) // mcts.VALUE_PREFIX_HORIZON * mcts.VALUE_PREFIX_HORIZON - 1]
     reward_sum, bootstrap, discount = np.zeros((B, K + 1)), np.empty((B, K + 1), np.int64), np.empty((B, K + 1))
     for k in range(K + 1):
         n = np.minimum(td_steps, taken[:, k:].sum(axis=1))  # [B]
@@ -269,19 +256,20 @@ def run_search(net, obs, legal, num_simulations, rng, noise):
     autocast = torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.device.type == "cuda")
     with torch.no_grad(), autocast:
         latent, policy_logits, value_logits = net.initial_inference(obs)
-        value = support_to_scalar(value_logits).cpu().numpy()
+        value = model.support_to_scalar(value_logits).cpu().numpy()
         if num_simulations == 0:
-            policy = policy_logits.float().softmax(-1).cpu().numpy() * legal
-            return SearchResult(policy, value, np.zeros(len(legal))), value
+            logits = policy_logits.float().cpu().masked_fill(~torch.as_tensor(legal), -torch.inf)
+            policy = logits.softmax(-1).numpy()
+            return mcts.SearchResult(policy, value, np.zeros(len(legal))), value
 
         def recurrent(latent, action, lstm_state):
             latent, lstm_state, prefix, policy, value = net.recurrent_inference(latent, action, lstm_state)
-            return latent, lstm_state, support_to_scalar(prefix), support_to_scalar(value), policy
+            return latent, lstm_state, model.support_to_scalar(prefix), model.support_to_scalar(value), policy
 
-        result = search(
+        result = mcts.search(
             *(recurrent, latent, policy_logits, legal, num_simulations),
             lstm_size=net.config.lstm_size,
-            noise=dirichlet_noise(rng, legal) if noise else None,
+            noise=mcts.dirichlet_noise(rng, legal) if noise else None,
             seeds=rng.integers(1, 2**63, len(legal), dtype=np.uint64),
             threads=min(8, os.cpu_count()) if obs.is_cuda else 1,
         )
@@ -292,8 +280,8 @@ def reanalyze(net, version, replay, targets, legal, num_simulations, rng):
     """Brings the stored policies and values that a batch needs up to `net`, the `version`-th target network.
 
     Policies are searched with noise, values are the value head (a search's root value is an option of the released
-    code, off by default). The target network changes every 200 updates only, so a state that comes again before that keeps
-    its target, its noise included. Returns the SearchResult, or None if nothing was stale.
+    code, off by default). The target network changes every 200 updates only: a state that comes again before that
+    keeps its target, noise included. Returns the SearchResult, or None if nothing was stale.
     """
     states = targets.rows[targets.alive]
     states = np.unique(states[replay.policy_version[states] != version])  # [n]
@@ -308,7 +296,7 @@ def reanalyze(net, version, replay, targets, legal, num_simulations, rng):
     if len(states):
         obs = stack_frames(replay, states)
         with torch.no_grad(), torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.is_cuda):
-            replay.value[states] = support_to_scalar(net.initial_inference(obs)[2]).cpu().numpy()
+            replay.value[states] = model.support_to_scalar(net.initial_inference(obs)[2]).cpu().numpy()
         replay.value_version[states] = version
     return result
 
@@ -338,8 +326,8 @@ def make_batch(replay, targets, weight, rng, generator):
         torch.as_tensor(x, dtype=torch.float32) for x in (targets.exists, policy, value, targets.value_prefix, weight)
     ]
     return Batch(
-        augment(frames[:, :4].flatten(1, 2), generator),
-        augment(frames[:, 1:].flatten(1, 2), generator),
+        model.augment(frames[:, :4].flatten(1, 2), generator),
+        model.augment(frames[:, 1:].flatten(1, 2), generator),
         torch.as_tensor(action).to(device),
         *[x.to(device) for x in arrays],
     )
@@ -357,10 +345,11 @@ def unroll_loss(net, batch):
     support = net.config.support
     latent, policy_logits, value_logits = net.initial_inference(batch.obs)
     lstm_state = net.initial_lstm_state(B, latent)
-    priority = (support_to_scalar(value_logits.detach()) - batch.value[:, 0]).abs() + 1e-6
-    value_code, prefix_code = scalar_to_support(batch.value, support), scalar_to_support(batch.value_prefix, support)
-    policy = cross_entropy(policy_logits, batch.policy[:, 0])
-    value = cross_entropy(value_logits, value_code[:, 0])
+    priority = (model.support_to_scalar(value_logits.detach()) - batch.value[:, 0]).abs() + 1e-6
+    value_code = model.scalar_to_support(batch.value, support)  # [B, K+1, S]
+    prefix_code = model.scalar_to_support(batch.value_prefix, support)  # [B, K, S]
+    policy = model.cross_entropy(policy_logits, batch.policy[:, 0])
+    value = model.cross_entropy(value_logits, value_code[:, 0])
     value_prefix, consistency = torch.zeros_like(value), torch.zeros_like(value)
     for k in range(1, K + 1):
         latent, lstm_state, prefix_logits, policy_logits, value_logits = net.recurrent_inference(
@@ -371,11 +360,11 @@ def unroll_loss(net, batch):
             target = net.projector(target_latent).float()
         online = net.predictor(net.projector(latent)).float()
         mask = batch.mask[:, k]  # [B]
-        policy += mask * cross_entropy(policy_logits, batch.policy[:, k])
-        value += mask * cross_entropy(value_logits, value_code[:, k])
-        value_prefix += mask * cross_entropy(prefix_logits, prefix_code[:, k - 1])
+        policy += mask * model.cross_entropy(policy_logits, batch.policy[:, k])
+        value += mask * model.cross_entropy(value_logits, value_code[:, k])
+        value_prefix += mask * model.cross_entropy(prefix_logits, prefix_code[:, k - 1])
         consistency -= mask * F.cosine_similarity(online, target, dim=-1, eps=1e-5)
-        if k % VALUE_PREFIX_HORIZON == 0:
+        if k % mcts.VALUE_PREFIX_HORIZON == 0:
             lstm_state = net.initial_lstm_state(B, latent)
     terms = {"value_prefix": value_prefix, "policy": policy, "value": value, "consistency": consistency}
     return value_prefix + policy + 0.25 * value + 2.0 * consistency, terms, priority
@@ -417,10 +406,9 @@ def evaluate(net, env_id, episodes, max_frames, num_simulations, device, movie=N
 
 def log_evaluation(run_dir, writer, env_id, env_steps, updates, returns, lengths, suffix=""):
     """Appends one line per game to evaluations.csv and the means to TensorBoard."""
-    path = f"{run_dir}/evaluations.csv"
-    header = "" if os.path.exists(path) else "env_steps,updates,episode,return,length,env_id\n"
     games = enumerate(zip(returns.tolist(), lengths.tolist(), strict=True))
-    with open(path, "a") as file:
+    with open(f"{run_dir}/evaluations.csv", "a") as file:
+        header = "" if file.tell() else "env_steps,updates,episode,return,length,env_id\n"
         file.write(header + "".join(f"{env_steps},{updates},{i},{r},{length},{env_id}\n" for i, (r, length) in games))
     writer.add_scalar("eval/episodic_return" + suffix, returns.mean(), updates)
     writer.add_scalar("eval/episodic_length" + suffix, lengths.mean(), updates)
@@ -433,8 +421,10 @@ def check_args(args, may_be_zero=()):
         lowest = 0 if name in may_be_zero or isinstance(value, float) else 1
         if isinstance(value, int | float) and not isinstance(value, bool) and not lowest <= value < float("inf"):
             raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {lowest} or more")
-    if args.run_dir and os.path.exists(os.path.join(args.run_dir, "evaluations.csv")):
-        raise SystemExit(f"error: --run-dir {args.run_dir} holds a run already; choose another folder or remove it")
+    if args.run_dir and (os.path.isfile(args.run_dir) or os.path.exists(f"{args.run_dir}/evaluations.csv")):
+        raise SystemExit(f"error: --run-dir {args.run_dir} holds a run already, or is a file; choose another folder")
+    if min(args.batch_size, args.channels or 2) < 2:
+        raise SystemExit("error: --batch-size and --channels need 2 or more, for batch norm and the first convolution")
 
 
 def log_search(writer, result, step):
@@ -448,17 +438,15 @@ def log_search(writer, result, step):
 def write_targets(run_dir, dataset, net, replay, legal, num_simulations, rng):
     """Searches every state of the dataset without noise and writes targets.npz: visits uint16 [R, A], value float32 [R]
     (the value head, which targets bootstrap from), and targets.json, which ties them to the dataset."""
-    visits, value = [], []
+    visits, value = np.zeros((replay.size, len(legal)), np.uint16), np.zeros(replay.size, np.float32)
     for rows in tqdm(np.array_split(np.arange(replay.size), -(-replay.size // 512)), unit="512 states", desc="targets"):
         legal_rows = np.repeat(legal[None], len(rows), 0)
-        result, root_value = run_search(net, stack_frames(replay, rows), legal_rows, num_simulations, rng, noise=False)
-        visits.append(result.visits.astype(np.uint16))
-        value.append(root_value)
-    arrays = {"visits": np.concatenate(visits), "value": np.concatenate(value)}
-    write_file(f"{run_dir}/targets.npz", lambda file: np.savez(file, **arrays))
+        result, value[rows] = run_search(net, stack_frames(replay, rows), legal_rows, num_simulations, rng, noise=False)
+        visits[rows] = result.visits
+    model.write_file(f"{run_dir}/targets.npz", lambda file: np.savez(file, visits=visits, value=value))
     fields = {"dataset": os.path.relpath(dataset, run_dir), "rows": replay.size, "num_simulations": num_simulations}
-    files = ["targets.npz", os.path.join(fields["dataset"], "meta.json")]
-    write_manifest(f"{run_dir}/targets.json", "xtra-targets-1", fields, files)
+    files = ["model.pt", "targets.npz", f"{fields['dataset']}/meta.json"]
+    model.write_manifest(f"{run_dir}/targets.json", "xtra-targets-1", fields, files)
 
 
 if __name__ == "__main__":
@@ -490,10 +478,10 @@ if __name__ == "__main__":
     generator = torch.Generator(device).manual_seed(args.seed)  # augmentation
 
     # agent setup
-    net = EfficientZeroNet(ModelConfig.of_width(args.channels, args.blocks)).train()
-    net = net.to(device, memory_format=torch.channels_last)
+    config = model.ModelConfig.of_width(args.channels, args.blocks)
+    net = model.EfficientZeroNet(config).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
-    target_net = next_target_net = inference_copy(net)
+    target_net = next_target_net = model.inference_copy(net)
     share = args.batch_size // m
     log_every = max(1, min(100, args.num_updates // 100))  # updates
     scores, result = {}, None
@@ -505,7 +493,7 @@ if __name__ == "__main__":
         if updates % args.eval_every == 0 or updates == args.num_updates:
             for env_id in env_ids:
                 settings = args.eval_episodes, args.eval_max_frames, args.num_simulations
-                returns, lengths = evaluate(inference_copy(net), env_id, *settings, device)
+                returns, lengths = evaluate(model.inference_copy(net), env_id, *settings, device)
                 suffix = f"/{env_id}" if m > 1 else ""
                 log_evaluation(run_dir, writer, env_id, 0, updates, returns, lengths, suffix)
                 scores[env_id] = float(returns.mean())
@@ -515,7 +503,7 @@ if __name__ == "__main__":
 
         # ALGO LOGIC: training.
         if updates % 200 == 0:  # the target network is the network of 200 to 400 updates ago
-            target_net, next_target_net = next_target_net, inference_copy(net)
+            target_net, next_target_net = next_target_net, model.inference_copy(net)
         beta = 0.4 + 0.6 * min(1.0, updates / (1.2 * args.num_updates))
         drawn, batches = [], []
         for replay, legal_mask in zip(replays, legal, strict=True):
@@ -552,10 +540,11 @@ if __name__ == "__main__":
     bar.close()
 
     # save the teacher, then its search policy and value for every state
-    counters = {"updates": args.num_updates, "scores": scores}
     saved_args = vars(args) | {"datasets": [os.path.relpath(folder, run_dir) for folder in args.datasets]}
-    save_checkpoint(f"{run_dir}/model.pt", net, saved_args, env_ids, counters)
+    counters = {"updates": args.num_updates, "scores": scores}
+    model.save_checkpoint(f"{run_dir}/model.pt", net, saved_args, env_ids, counters)
     if m == 1:
-        write_targets(run_dir, args.datasets[0], inference_copy(net), replays[0], legal[0], args.num_simulations, rng)
+        settings = legal[0], args.num_simulations, rng
+        write_targets(run_dir, args.datasets[0], model.inference_copy(net), replays[0], *settings)
     writer.close()
     print(f"{run_dir}: teacher saved. Next: python distill.py --teachers {run_dir} OTHER_TEACHERS...")

@@ -6,7 +6,7 @@ set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 export OMP_NUM_THREADS=1 # on a shared CPU more threads would wait for each other
-SMALL="--channels 16 --blocks 1 --batch-size 16 --num-simulations 8 --unroll-steps 3
+SMALL="--channels 16 --blocks 1 --batch-size 8 --num-simulations 8 --unroll-steps 3
   --eval-every 200 --eval-episodes 4 --eval-max-frames 800"
 RUN=runs/quickstart-$(date +%Y%m%d-%H%M%S)
 started=$(date +%s)
@@ -28,7 +28,7 @@ $PYTHON distill.py --teachers $RUN/teacher-phoenix $RUN/teacher-demonattack \
   --num-updates 200 --run-dir $RUN/student $SMALL
 heading "4/5 XTRA: the student finetuned on a game it has not seen, its eta measured at updates 200 and 400"
 $PYTHON finetune.py --env-id AssaultNoFrameskip-v4 --pretrained $RUN/student --total-timesteps 500 --learning-starts 200 \
-  --offline-batch-size 16 --similarity-start 200 --similarity-interval 200 --similarity-updates 20 \
+  --offline-batch-size 8 --similarity-start 200 --similarity-interval 200 --similarity-updates 20 \
   --run-dir $RUN/xtra-assault $SMALL
 heading "5/5 report"
 $PYTHON benchmark/report.py $RUN/efficientzero-phoenix $RUN/efficientzero-demonattack $RUN/teacher-phoenix \

@@ -418,12 +418,6 @@ def test_the_threshold_and_the_schedule_are_flags():
     assert list(changes) == [24, 34] and changes[24] == changes[34] == [0.75]  # 0.7, 0.7, 0.7, 0.5
 
 
-def test_measuring_without_a_pause_uses_whole_measurements():
-    flags = {"similarity_start": 20, "similarity_interval": 10, "similarity_updates": 10}
-    changes, _ = measure(50, lambda update: [1.0 * (update % 10 < 4)], **flags)
-    assert changes == {30: [pytest.approx(0.4)], 40: [pytest.approx(0.4)]}
-
-
 # ---- schedules
 
 

@@ -123,7 +123,7 @@ def identity(frames, generator):
 
 
 def test_frames_of_a_batch_at_starts_and_ends(monkeypatch):
-    monkeypatch.setattr("pretrain_teacher.augment", identity)
+    monkeypatch.setattr("model.augment", identity)
     #  row      0 1 2 3 | 4 5      row 3's action loses a life: row 4 is the last frame of one and the first of the next
     replay = replay_of(np.zeros(6), [0, 0, 0, LIFE_LOST, 0, 0], [1, 1, 1, 1, 1, 0])
     targets = make_targets(replay, np.array([0, 2, 4]), np.full(3, 1), 3, 0.5)
@@ -145,7 +145,7 @@ class CountingNet:
     def __init__(self, monkeypatch):
         self.searched, self.encoded = [], []
         monkeypatch.setattr("pretrain_teacher.run_search", self.search)
-        monkeypatch.setattr("pretrain_teacher.support_to_scalar", lambda x: x)
+        monkeypatch.setattr("model.support_to_scalar", lambda x: x)
 
     def initial_inference(self, obs):
         self.encoded += obs[:, 9, 0, 0].tolist()

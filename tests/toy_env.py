@@ -16,11 +16,11 @@ import warnings
 import gymnasium as gym
 import numpy as np
 
-COLUMNS, ROWS = 2, 3  # cells of 48 x 32 pixels
-VARIANTS = {  # `fall` in rows per step; `moves[a // 9]` is the column that action a, one of 18, moves the paddle to
-    "Catch-v0": dict(background=(0, 0, 0), block=(255, 255, 255), paddle=(60, 200, 60), fall=1, moves=(0, 1)),
-    "Catch-v1": dict(background=(40, 60, 120), block=(250, 220, 40), paddle=(230, 90, 60), fall=1, moves=(0, 1)),
-    "Catch-v2": dict(background=(150, 150, 140), block=(160, 20, 40), paddle=(20, 40, 90), fall=1, moves=(1, 0)),
+COLUMNS, ROWS = 2, 4  # cells of 48 x 24 pixels
+VARIANTS = {  # `fall` in rows per step; `moves[a // 9]` is the column to which action a, one of 18, moves the paddle
+    "Catch-v0": dict(background=(0, 0, 0), block=(255, 255, 255), paddle=(60, 200, 60), fall=2, moves=(0, 1)),
+    "Catch-v1": dict(background=(40, 60, 120), block=(250, 220, 40), paddle=(230, 90, 60), fall=1, moves=(1, 0)),
+    "Catch-v2": dict(background=(150, 150, 140), block=(160, 20, 40), paddle=(20, 40, 90), fall=2, moves=(0, 1)),
 }
 
 
@@ -40,14 +40,14 @@ class Catch(gym.Env):
         return self._frame(), {}
 
     def step(self, action):
-        self.paddle = self.moves[action // 9]
-        self.row = min(self.row + self.fall, ROWS - 1)
-        if self.row < ROWS - 1:
-            return self._frame(), 0.0, False, False, {}
-        reward = 1.0 if self.paddle == self.column else -1.0
-        self.drops_left -= 1
-        if self.drops_left > 0:
+        reward = 0.0
+        if self.row == ROWS - 2:  # just above the paddle's row: what the last frame showed decides, not this action
+            reward = 1.0 if self.paddle == self.column else -1.0
+            self.drops_left -= 1
             self._new_block()
+        else:
+            self.row = min(self.row + self.fall, ROWS - 2)
+        self.paddle = self.moves[action // 9]
         return self._frame(), reward, self.drops_left == 0, False, {}
 
     def _new_block(self):
