@@ -595,12 +595,11 @@ def check_args(args, may_be_zero=()):
     """Exits with one line if a number is negative, or zero where that makes no sense."""
     for name, value in vars(args).items():
         lowest = 0 if name in may_be_zero or isinstance(value, float) else 1
+        lowest = 2 if name in ("batch_size", "channels") else lowest  # for batch norm and the first convolution
         if isinstance(value, int | float) and not isinstance(value, bool) and not lowest <= value < float("inf"):
             raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {lowest} or more")
     if args.run_dir and (os.path.isfile(args.run_dir) or os.path.exists(f"{args.run_dir}/evaluations.csv")):
         raise SystemExit(f"error: --run-dir {args.run_dir} holds a run already, or is a file; choose another folder")
-    if min(args.batch_size, args.channels or 2) < 2:
-        raise SystemExit("error: --batch-size and --channels need 2 or more, for batch norm and the first convolution")
 
 
 def load_networks(args, device):

@@ -66,13 +66,14 @@ def print_table(names, evaluations, minutes):
 
 def draw(names, evaluations, scalars, output):
     """Four panels: returns, losses, the task weights of XTRA, and the gradient cosines that they come from."""
-    figure, panels = plt.subplots(2, 2, figsize=(13, 8), layout="constrained")
+    figure, panels = plt.subplots(2, 2, figsize=(16, 8), layout="constrained")
     (returns, losses), (weights, cosines) = panels
     returns.set(title="Evaluation: mean raw score", ylabel="points")
     losses.set(title="Training loss: value prefix + policy + 0.25 value + 2 consistency", ylabel="loss")
     weights.set(title="XTRA: weight of each offline game", ylabel="eta (share of cosines above the threshold)")
     cosines.set(title="XTRA: agreement of each offline game with the target game", ylabel="cosine of the gradients")
     weights.set_ylim(-0.05, 1.05)
+    cosines.sharex(weights)
     for name, games, series in zip(names, evaluations, scalars, strict=True):
         for env, points in games.items():
             label = name if len(games) == 1 else f"{name}: {env}"
@@ -88,9 +89,8 @@ def draw(names, evaluations, scalars, output):
         axes.set_xlabel("updates (in finetune.py one per environment step, which is 4 frames)")
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
+            axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
         else:
-            axes.set(xticks=[], yticks=[])
             axes.text(0.5, 0.5, "not logged by these runs", transform=axes.transAxes, ha="center")
     figure.savefig(output, dpi=110)
 

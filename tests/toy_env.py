@@ -1,14 +1,15 @@
 """Catch: a toy pixel game, and the example of an environment of your own.
 
-Blocks fall one after the other; move the paddle on the bottom row under them: +1 for a catch, -1 for a miss. A game is
-5 drops, so its return lies in [-5, 5]: the perfect player gets 5.00, a random one -1.67 (2,000 games of each variant).
+Blocks fall one after the other; put the paddle on the bottom row under them: +1 for a catch, -1 for a miss. When a block
+hangs above the paddle's row, what that frame shows decides, so the paddle must be there one step earlier. A game is 8
+drops, so its return lies in [-8, 8]: the perfect player gets 8, a random one 0 on average.
 
 The module registers the game when it is imported, which Gymnasium does for an id of the form `module:Env-v0`:
 
     PYTHONPATH=tests python finetune.py --env-id toy_env:Catch-v0
 
 Any environment works that has 96x96x3 uint8 observations and Discrete(n) actions with n <= 18. Catch-v1 and Catch-v2
-are the same game in other colours, with other action ids and another fall speed: tasks to transfer between.
+are the same game in other colours; Catch-v1 falls more slowly and has other action ids: tasks to transfer between.
 """
 
 import warnings
