@@ -13,6 +13,9 @@ The x-axis is updates; there are no environment steps outside evaluation.
 """
 
 import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall a busy CPU; read as torch loads
+
 import re
 import time
 from dataclasses import dataclass
@@ -444,7 +447,7 @@ def check_args(args, may_be_zero=()):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
+    args = tyro.cli(Args, description=__doc__)
     check_args(args, may_be_zero=("seed",))
     if not args.teachers:
         raise SystemExit("error: --teachers is empty, expected run folders; pretrain_teacher.py writes one")
@@ -490,9 +493,8 @@ if __name__ == "__main__":
                 returns, lengths = evaluate(model.inference_copy(net), task.env_id, *settings, device)
                 log_evaluation(run_dir, writer, task.env_id, 0, updates, returns, lengths, f"/{task.env_id}")
                 writer.add_scalar(f"charts/teacher/avg_episodic_return/{task.env_id}", task.score, updates)
-                tqdm.write(f"    its teacher: {task.score:.1f}")
                 scores[task.env_id] = float(returns.mean())
-            bar.set_postfix(episodic_return=f"{np.mean(list(scores.values())):.1f}")
+            bar.set_postfix(eval_return=f"{np.mean(list(scores.values())):.1f}")
         if updates == args.num_updates:
             break
 

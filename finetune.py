@@ -9,11 +9,14 @@ In: the run folder of `distill.py`; the offline games come with it. Out: a run f
 evaluations, and with --save-dataset what it collected. Without --pretrained this is the EfficientZero baseline.
 
 Letters: B batch, m offline tasks, K unroll steps, A actions (the 18 ALE ids), R rows of the replay, E environments.
-The x-axis is environment steps, of 4 frames each; there is one update per environment step.
+There is one update per environment step of 4 frames; the x-axis is updates, or steps for charts/episodic_*.
 """
 
-import hashlib
 import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall a busy CPU; read as torch loads
+
+import hashlib
 import re
 import shutil
 import time
@@ -620,15 +623,14 @@ def load_networks(args, device):
     if args.cross_task and args.total_timesteps and not (args.teachers or teachers):
         raise SystemExit(f"error: --pretrained {args.pretrained} names no teachers; give --teachers or --no-cross-task")
     net = model.EfficientZeroNet(pretrained.config).to(device)
-    parts = {"hgf": ("representation", "dynamics", "prediction", "projector", "predictor"), "h": ("representation",)}
-    parts["hg"] = ("representation", "dynamics", "projector", "predictor")
-    for part in parts[args.transfer]:
+    parts = ["representation"] if args.transfer == "h" else ["representation", "dynamics", "projector", "predictor"]
+    for part in parts + ["prediction"] * (args.transfer == "hgf"):
         getattr(net, part).load_state_dict(getattr(pretrained, part).state_dict())
     return net, args.teachers or teachers
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
+    args = tyro.cli(Args, description=__doc__)
     may_be_zero = ("seed", "total_timesteps", "extra_updates", "num_simulations", "learning_starts", "similarity_start")
     check_args(args, may_be_zero)
     if args.num_simulations == 0 and args.total_timesteps:
@@ -686,8 +688,7 @@ if __name__ == "__main__":
     # env setup
     envs = make_envs(args.env_id, args.num_envs, life_loss_ends=True)
     replay = Replay(args.total_timesteps * 9 // 8 + 2 * args.num_envs, args.num_envs, device)
-    # Copy i gets the seed 1000 * seed + i, so that runs of neighbouring seeds share no games.
-    frames = envs.reset(seed=1000 * args.seed)[0].reshape(args.num_envs, 96, 96, 3)
+    frames = envs.reset(seed=1000 * args.seed)[0].reshape(args.num_envs, 96, 96, 3)  # seeds + 0, 1, ...
     add_frames(replay, frames, age=np.zeros(args.num_envs))
     over = np.zeros(args.num_envs, bool)  # the newest frame is a game's last one, and the next step only resets
     game_return, game_length = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)
@@ -702,7 +703,7 @@ if __name__ == "__main__":
             settings = args.eval_episodes, args.eval_max_frames, args.num_simulations
             returns, lengths = evaluate(model.inference_copy(net), args.env_id, *settings, device, movie)
             log_evaluation(run_dir, writer, args.env_id, env_steps, updates, returns, lengths)
-            bar.set_postfix(episodic_return=f"{returns.mean():.1f}")
+            bar.set_postfix(eval_return=f"{returns.mean():.1f}")
             if movie:
                 save_gif(f"{run_dir}/video-{updates}.gif", movie)
         if updates == total_updates:
@@ -749,7 +750,7 @@ if __name__ == "__main__":
         rows, weight = sample(replay, args.batch_size, beta, rng)
         td_steps = td_steps_by_age(env_steps - replay.stored_at[rows], args.total_timesteps, args.td_steps)
         targets = make_targets(replay, rows, td_steps, args.unroll_steps)
-        reanalyze(target_net, updates // 200 + 1, replay, targets, legal, args.num_simulations, rng)
+        reanalyze(target_net, max(1, updates // 200), replay, targets, legal, args.num_simulations, rng)
         drawn, batches = [], [make_batch(replay, targets, weight, rng, generator)]
         for task in tasks:
             settings = args.unroll_steps, args.td_steps, beta, rng, generator

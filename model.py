@@ -49,9 +49,7 @@ class ModelConfig:
         return cls(channels, blocks, lstm_size=half, projector_hidden=wide, projector_out=wide, predictor_hidden=half)
 
 
-# --- value transform and categorical support -------------------------------------------------------------------------
-
-
+# --- value transform and categorical support ---
 def scalar_transform(x, eps=0.001):
     """`h(x) = sign(x) * (sqrt(|x| + 1) - 1) + eps * x` (Pohlen et al. 2018; EfficientZero, Appendix A.1).
 
@@ -99,9 +97,7 @@ def cross_entropy(logits, target_probs):
     return -(target_probs * F.log_softmax(logits.float(), dim=-1)).sum(-1)
 
 
-# --- networks --------------------------------------------------------------------------------------------------------
-
-
+# --- networks ---
 def conv3x3(inputs, outputs, stride=1):
     return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
 
@@ -259,9 +255,7 @@ def inference_copy(net):
     return net.requires_grad_(False)
 
 
-# --- augmentation ----------------------------------------------------------------------------------------------------
-
-
+# --- augmentation ---
 def random_shift(obs, generator, pad=4):
     """Replicate-pads by `pad` pixels and crops back at a random place, one offset per sample: [B, C, H, W] -> same."""
     B, C, H, W = obs.shape
@@ -284,9 +278,7 @@ def augment(obs, generator):
     return random_intensity(random_shift(obs, generator).float() / 255, generator)
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
+# --- files ---
 def write_file(path, write):
     """Calls `write(file)` on a temporary file beside `path`, then renames it: `path` is whole, or as it was before.
 

@@ -12,6 +12,9 @@ The x-axis is updates; there are no environment steps outside evaluation.
 """
 
 import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall a busy CPU; read as torch loads
+
 import re
 import time
 from dataclasses import dataclass
@@ -449,7 +452,7 @@ def write_targets(run_dir, dataset, net, replay, legal, num_simulations, rng):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
+    args = tyro.cli(Args, description=__doc__)
     check_args(args, may_be_zero=("seed",))
     if not args.datasets:
         raise SystemExit("error: --datasets is empty, expected dataset folders; finetune.py --save-dataset writes one")
@@ -496,7 +499,7 @@ if __name__ == "__main__":
                 suffix = f"/{env_id}" if m > 1 else ""
                 log_evaluation(run_dir, writer, env_id, 0, updates, returns, lengths, suffix)
                 scores[env_id] = float(returns.mean())
-            bar.set_postfix(episodic_return=f"{np.mean(list(scores.values())):.1f}")
+            bar.set_postfix(eval_return=f"{np.mean(list(scores.values())):.1f}")
         if updates == args.num_updates:
             break
 
@@ -510,7 +513,7 @@ if __name__ == "__main__":
             td_steps = np.full(share, args.td_steps)  # fixed data does not age
             targets = make_targets(replay, rows, td_steps, args.unroll_steps)
             settings = legal_mask, args.num_simulations, rng
-            result = reanalyze(target_net, updates // 200 + 1, replay, targets, *settings) or result
+            result = reanalyze(target_net, max(1, updates // 200), replay, targets, *settings) or result
             drawn.append(rows)
             batches.append(make_batch(replay, targets, weight, rng, generator))
         batch = Batch(*[torch.cat(tensors) for tensors in zip(*batches, strict=True)])  # [B, ...], task after task

@@ -1,15 +1,15 @@
 """Catch: a toy pixel game, and the example of an environment of your own.
 
-Blocks fall one after the other; put the paddle on the bottom row under them: +1 for a catch, -1 for a miss. When a block
-hangs above the paddle's row, what that frame shows decides, so the paddle must be there one step earlier. A game is 8
-drops, so its return lies in [-8, 8]: the perfect player gets 8, a random one 0 on average.
+Blocks fall one after the other; put the paddle on the bottom row under them: +1 for a catch, -1 for a miss. When a
+block hangs above the paddle's row, what that frame shows decides, so the paddle must be there one step earlier. A game
+is 8 drops, so its return lies in [-8, 8]: the perfect player gets 8, a random one 0 on average.
 
 The module registers the game when it is imported, which Gymnasium does for an id of the form `module:Env-v0`:
 
     PYTHONPATH=tests python finetune.py --env-id toy_env:Catch-v0
 
-Any environment works that has 96x96x3 uint8 observations and Discrete(n) actions with n <= 18. Catch-v1 and Catch-v2
-are the same game in other colours; Catch-v1 falls more slowly and has other action ids: tasks to transfer between.
+Any environment works that has 96x96x3 uint8 observations and Discrete(n) actions with n <= 18. Catch-v1 to Catch-v3
+are the same game in other colours, some with other action ids or a slower fall: tasks to transfer between.
 """
 
 import warnings
@@ -20,8 +20,9 @@ import numpy as np
 COLUMNS, ROWS = 2, 4  # cells of 48 x 24 pixels
 VARIANTS = {  # `fall` in rows per step; `moves[a // 9]` is the column to which action a, one of 18, moves the paddle
     "Catch-v0": dict(background=(0, 0, 0), block=(255, 255, 255), paddle=(60, 200, 60), fall=2, moves=(0, 1)),
-    "Catch-v1": dict(background=(40, 60, 120), block=(250, 220, 40), paddle=(230, 90, 60), fall=1, moves=(1, 0)),
+    "Catch-v1": dict(background=(40, 60, 120), block=(250, 220, 40), paddle=(230, 90, 60), fall=2, moves=(1, 0)),
     "Catch-v2": dict(background=(150, 150, 140), block=(160, 20, 40), paddle=(20, 40, 90), fall=2, moves=(0, 1)),
+    "Catch-v3": dict(background=(90, 30, 90), block=(120, 250, 250), paddle=(255, 150, 0), fall=1, moves=(1, 0)),
 }
 
 
