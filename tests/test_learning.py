@@ -1,0 +1,83 @@
+"""The project's claim in miniature: agents learn Catch from pixels, and transfer halves the environment steps it takes.
+
+Every run is a command line of the scripts, two at a time, one thread each. The numbers of every seed are printed: run
+`pytest -s tests/test_learning.py` to see them.
+"""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = (
+    "--channels 16 --blocks 1 --batch-size 16 --learning-rate 0.04 --num-simulations 16 --unroll-steps 2 --td-steps 3"
+    " --eval-episodes 16"
+)
+ONLINE = "--num-envs 4 --learning-starts 100 --eval-every 50"
+SOURCES, TARGET, SEEDS = ["Catch-v0", "Catch-v1"], "Catch-v2", [1, 2, 3]
+THRESHOLD = 5.0  # of 8; random play scores 0 +- 0.7 as the mean of 16 games
+SCRATCH_STEPS, XTRA_STEPS = 800, 400
+
+
+def start(folder, script, flags, run_dir):
+    command = [sys.executable, str(ROOT / script), *SMALL.split(), *flags.split(), "--run-dir", run_dir]
+    paths = {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=folder, env=os.environ | paths, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def start_all(folder, jobs):
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda job: start(folder, *job), jobs))
+
+
+def curve(run_dir):
+    """Mean evaluation return by environment steps: [(env_steps, return), ...]."""
+    table = np.genfromtxt(run_dir / "evaluations.csv", delimiter=",", names=True, dtype=None, encoding=None)
+    return [(int(table["env_steps"][rows][0]), float(table["return"][rows].mean())) for rows in
+            (table["updates"] == update for update in np.unique(table["updates"]))]  # fmt: skip
+
+
+def steps_to_threshold(points, limit):
+    """Environment steps of the first evaluation at THRESHOLD or above; the limit if there is none."""
+    return next((steps for steps, value in points if value >= THRESHOLD), limit)
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory):
+    """{(method, seed): curve} of EfficientZero and of XTRA on the target, from one student of the two sources."""
+    folder = tmp_path_factory.mktemp("learning")
+    jobs = [("finetune.py", f"{ONLINE} --env-id toy_env:{game} --total-timesteps 600 --save-dataset data-{game}", game)
+            for game in SOURCES]  # fmt: skip
+    jobs += [("finetune.py", f"{ONLINE} --env-id toy_env:{TARGET} --seed {seed} --total-timesteps {SCRATCH_STEPS}",
+              f"scratch-{seed}") for seed in SEEDS]  # fmt: skip
+    start_all(folder, jobs)
+    jobs = [("pretrain_teacher.py", f"--datasets data-{game} --num-updates 800", f"teacher-{game}") for game in SOURCES]
+    start_all(folder, jobs)
+    start(folder, "distill.py", f"--teachers {' '.join(f'teacher-{game}' for game in SOURCES)} --num-updates 800", "student")
+    flags = f"{ONLINE} --env-id toy_env:{TARGET} --pretrained student --total-timesteps {XTRA_STEPS} --offline-batch-size 16"
+    flags += " --similarity-start 100 --similarity-interval 100 --similarity-updates 20"
+    start_all(folder, [("finetune.py", f"{flags} --seed {seed}", f"xtra-{seed}") for seed in SEEDS])
+    found = {(method, seed): curve(folder / f"{method}-{seed}") for method in ("scratch", "xtra") for seed in SEEDS}
+    for (method, seed), points in found.items():
+        print(f"{method} seed {seed}: " + "  ".join(f"{steps}: {value:+.1f}" for steps, value in points))
+    return found
+
+
+def test_efficientzero_learns_catch_from_pixels(curves):
+    best = [max(value for _, value in curves["scratch", seed]) for seed in SEEDS]
+    print("best evaluation of EfficientZero, seeds 1 2 3:", best)
+    assert min(best) >= THRESHOLD
+
+
+def test_transfer_takes_clearly_fewer_environment_steps(curves):
+    scratch = [steps_to_threshold(curves["scratch", seed], SCRATCH_STEPS) for seed in SEEDS]
+    xtra = [steps_to_threshold(curves["xtra", seed], XTRA_STEPS) for seed in SEEDS]
+    print(f"environment steps to a return of {THRESHOLD}: EfficientZero {scratch}, XTRA {xtra}")
+    assert all(max(value for _, value in curves["xtra", seed]) >= THRESHOLD for seed in SEEDS)
+    assert np.mean(xtra) <= 0.7 * np.mean(scratch)
