@@ -11,7 +11,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = "--channels 8 --blocks 1 --batch-size 8 --num-simulations 4 --unroll-steps 2 --eval-episodes 2 --eval-max-frames 80"
+TINY = (
+    "--channels 8 --blocks 1 --batch-size 8 --num-simulations 4 --unroll-steps 2"
+    " --eval-episodes 2 --eval-max-frames 80"
+)
 SOURCES = ["PhoenixNoFrameskip-v4", "AssaultNoFrameskip-v4"]
 TARGET = "DemonAttackNoFrameskip-v4"
 

@@ -18,11 +18,11 @@ import gymnasium as gym
 import numpy as np
 
 COLUMNS, ROWS = 2, 4  # cells of 48 x 24 pixels
-VARIANTS = {  # `fall` in rows per step; `moves[a // 9]` is the column to which action a, one of 18, moves the paddle
-    "Catch-v0": dict(background=(0, 0, 0), block=(255, 255, 255), paddle=(60, 200, 60), fall=2, moves=(0, 1)),
-    "Catch-v1": dict(background=(40, 60, 120), block=(250, 220, 40), paddle=(230, 90, 60), fall=2, moves=(1, 0)),
-    "Catch-v2": dict(background=(150, 150, 140), block=(160, 20, 40), paddle=(20, 40, 90), fall=2, moves=(0, 1)),
-    "Catch-v3": dict(background=(90, 30, 90), block=(120, 250, 250), paddle=(255, 150, 0), fall=1, moves=(1, 0)),
+VARIANTS = {  # `fall` in rows per step; of the 18 actions those below `left` and from `right` on move, the others stay
+    "Catch-v0": dict(background=(0, 0, 0), block=(255, 255, 255), paddle=(60, 200, 60), fall=2, left=9, right=9),
+    "Catch-v1": dict(background=(40, 60, 120), block=(250, 220, 40), paddle=(230, 90, 60), fall=2, left=7, right=9),
+    "Catch-v2": dict(background=(70, 20, 50), block=(250, 190, 220), paddle=(60, 190, 220), fall=2, left=9, right=11),
+    "Catch-v3": dict(background=(150, 150, 140), block=(160, 20, 40), paddle=(20, 40, 90), fall=1, left=6, right=12),
 }
 
 
@@ -30,9 +30,9 @@ class Catch(gym.Env):
     observation_space = gym.spaces.Box(0, 255, (96, 96, 3), np.uint8)
     action_space = gym.spaces.Discrete(18)
 
-    def __init__(self, background, block, paddle, fall, moves, drops=8):
+    def __init__(self, background, block, paddle, fall, left, right, drops=8):
         self.colours = np.array([background, block, paddle], np.uint8)
-        self.fall, self.moves, self.drops = fall, moves, drops
+        self.fall, self.left, self.right, self.drops = fall, left, right, drops
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)  # seeds self.np_random
@@ -49,7 +49,7 @@ class Catch(gym.Env):
             self._new_block()
         else:
             self.row = min(self.row + self.fall, ROWS - 2)
-        self.paddle = self.moves[action // 9]
+        self.paddle = 0 if action < self.left else 1 if action >= self.right else self.paddle
         return self._frame(), reward, self.drops_left == 0, False, {}
 
     def _new_block(self):
