@@ -364,10 +364,10 @@ def unroll_loss(net, batch):
         latent, lstm_state, prefix_logits, policy_logits, value_logits = net.recurrent_inference(
             latent, batch.action[:, k - 1], lstm_state
         )
+        online = net.predictor(net.projector(latent)).float()  # first with gradient: autocast caches cast weights
         with torch.no_grad():  # f runs here for its batch norm statistics only, as in the reference
             target_latent = net.initial_inference(batch.target_obs[:, 3 * k - 3 : 3 * k + 9])[0]
             target = net.projector(target_latent).float()
-        online = net.predictor(net.projector(latent)).float()
         mask = batch.mask[:, k]  # [B]
         policy += mask * model.cross_entropy(policy_logits, batch.policy[:, k])
         value += mask * model.cross_entropy(value_logits, value_code[:, k])
@@ -425,10 +425,13 @@ def evaluate(net, env_id, episodes, max_frames, num_simulations, device, movie=N
 # Copied from pretrain_teacher.py
 def log_evaluation(run_dir, writer, env_id, env_steps, updates, returns, lengths, suffix=""):
     """Appends one line per game to evaluations.csv and the means to TensorBoard."""
-    games = enumerate(zip(returns.tolist(), lengths.tolist(), strict=True))
-    with open(f"{run_dir}/evaluations.csv", "a") as file:
-        header = "" if file.tell() else "env_steps,updates,episode,return,length,env_id\n"
-        file.write(header + "".join(f"{env_steps},{updates},{i},{r},{length},{env_id}\n" for i, (r, length) in games))
+    path, text = f"{run_dir}/evaluations.csv", "env_steps,updates,episode,return,length,env_id\n"
+    if os.path.exists(path):
+        with open(path) as file:
+            text = file.read()
+    for i, (score, length) in enumerate(zip(returns.tolist(), lengths.tolist(), strict=True)):
+        text += f"{env_steps},{updates},{i},{score},{length},{env_id}\n"
+    model.write_file(path, lambda file: file.write(text.encode()))
     writer.add_scalar("eval/episodic_return" + suffix, returns.mean(), updates)
     writer.add_scalar("eval/episodic_length" + suffix, lengths.mean(), updates)
     tqdm.write(f"updates={updates}, env_id={env_id}, evaluation return={returns.mean():.1f} (std {returns.std():.1f})")
@@ -438,7 +441,7 @@ def log_evaluation(run_dir, writer, env_id, env_steps, updates, returns, lengths
 def check_args(args, may_be_zero=()):
     """Exits with one line if a number is negative, or zero where that makes no sense."""
     for name, value in vars(args).items():
-        lowest = 0 if name in may_be_zero or isinstance(value, float) else 1
+        lowest = -1 if name == "similarity_threshold" else 0 if name in may_be_zero or isinstance(value, float) else 1
         lowest = 2 if name in ("batch_size", "channels") else lowest  # for batch norm and the first convolution
         if isinstance(value, int | float) and not isinstance(value, bool) and not lowest <= value < float("inf"):
             raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {lowest} or more")
@@ -494,6 +497,8 @@ if __name__ == "__main__":
                 log_evaluation(run_dir, writer, task.env_id, 0, updates, returns, lengths, f"/{task.env_id}")
                 writer.add_scalar(f"charts/teacher/avg_episodic_return/{task.env_id}", task.score, updates)
                 scores[task.env_id] = float(returns.mean())
+            saved_args = vars(args) | {"teachers": [os.path.relpath(folder, run_dir) for folder in args.teachers]}
+            model.save_checkpoint(f"{run_dir}/model.pt", net, saved_args, env_ids, dict(updates=updates, scores=scores))
             bar.set_postfix(eval_return=f"{np.mean(list(scores.values())):.1f}")
         if updates == args.num_updates:
             break
@@ -532,10 +537,6 @@ if __name__ == "__main__":
             writer.add_scalar("charts/updates_per_second", (updates + 1) / (time.time() - start_time), updates)
     bar.close()
 
-    # save the student
-    counters = {"updates": args.num_updates, "scores": scores}
-    saved_args = vars(args) | {"teachers": [os.path.relpath(folder, run_dir) for folder in args.teachers]}
-    model.save_checkpoint(f"{run_dir}/model.pt", net, saved_args, env_ids, counters)
     writer.close()
     for task in tasks:
         print(f"{task.env_id}: student {scores[task.env_id]:.1f}, its teacher {task.score:.1f}")

@@ -486,10 +486,10 @@ def unroll_loss(net, batch):
         latent, lstm_state, prefix_logits, policy_logits, value_logits = net.recurrent_inference(
             latent, batch.action[:, k - 1], lstm_state
         )
+        online = net.predictor(net.projector(latent)).float()  # first with gradient: autocast caches cast weights
         with torch.no_grad():  # f runs here for its batch norm statistics only, as in the reference
             target_latent = net.initial_inference(batch.target_obs[:, 3 * k - 3 : 3 * k + 9])[0]
             target = net.projector(target_latent).float()
-        online = net.predictor(net.projector(latent)).float()
         mask = batch.mask[:, k]  # [B]
         policy += mask * model.cross_entropy(policy_logits, batch.policy[:, k])
         value += mask * model.cross_entropy(value_logits, value_code[:, k])
@@ -568,10 +568,13 @@ def evaluate(net, env_id, episodes, max_frames, num_simulations, device, movie=N
 # Copied from pretrain_teacher.py
 def log_evaluation(run_dir, writer, env_id, env_steps, updates, returns, lengths, suffix=""):
     """Appends one line per game to evaluations.csv and the means to TensorBoard."""
-    games = enumerate(zip(returns.tolist(), lengths.tolist(), strict=True))
-    with open(f"{run_dir}/evaluations.csv", "a") as file:
-        header = "" if file.tell() else "env_steps,updates,episode,return,length,env_id\n"
-        file.write(header + "".join(f"{env_steps},{updates},{i},{r},{length},{env_id}\n" for i, (r, length) in games))
+    path, text = f"{run_dir}/evaluations.csv", "env_steps,updates,episode,return,length,env_id\n"
+    if os.path.exists(path):
+        with open(path) as file:
+            text = file.read()
+    for i, (score, length) in enumerate(zip(returns.tolist(), lengths.tolist(), strict=True)):
+        text += f"{env_steps},{updates},{i},{score},{length},{env_id}\n"
+    model.write_file(path, lambda file: file.write(text.encode()))
     writer.add_scalar("eval/episodic_return" + suffix, returns.mean(), updates)
     writer.add_scalar("eval/episodic_length" + suffix, lengths.mean(), updates)
     tqdm.write(f"updates={updates}, env_id={env_id}, evaluation return={returns.mean():.1f} (std {returns.std():.1f})")
@@ -579,9 +582,9 @@ def log_evaluation(run_dir, writer, env_id, env_steps, updates, returns, lengths
 
 def save_gif(path, frames):
     """Writes a list of uint8 frames [96, 96, 3] as a gif of 15 frames a second, three times as large."""
-    images = [Image.fromarray(frame).resize((288, 288), Image.NEAREST) for frame in frames]
-    options = {"save_all": True, "append_images": images[1:], "duration": 67, "loop": 0}
-    model.write_file(path, lambda file: images[0].save(file, "GIF", **options))
+    images = (Image.fromarray(frame).resize((288, 288), Image.NEAREST) for frame in frames)
+    options = {"save_all": True, "append_images": images, "duration": 67, "loop": 0}
+    model.write_file(path, lambda file: next(images).save(file, "GIF", **options))
 
 
 # Copied from pretrain_teacher.py
@@ -597,7 +600,7 @@ def log_search(writer, result, step):
 def check_args(args, may_be_zero=()):
     """Exits with one line if a number is negative, or zero where that makes no sense."""
     for name, value in vars(args).items():
-        lowest = 0 if name in may_be_zero or isinstance(value, float) else 1
+        lowest = -1 if name == "similarity_threshold" else 0 if name in may_be_zero or isinstance(value, float) else 1
         lowest = 2 if name in ("batch_size", "channels") else lowest  # for batch norm and the first convolution
         if isinstance(value, int | float) and not isinstance(value, bool) and not lowest <= value < float("inf"):
             raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {lowest} or more")
@@ -645,8 +648,8 @@ if __name__ == "__main__":
         raise SystemExit("error: --teachers are not used with --no-cross-task; leave one of the two out")
     if args.save_dataset and os.path.exists(args.save_dataset):
         raise SystemExit(f"error: --save-dataset {args.save_dataset} exists; choose a new folder")
-    if args.freeze_representation and not args.pretrained:
-        raise SystemExit("error: --freeze-representation without --pretrained would freeze random weights; give one")
+    if (args.freeze_representation or args.transfer != "hgf") and not args.pretrained:
+        raise SystemExit("error: --freeze-representation and --transfer need --pretrained; give its folder")
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
     # TRY NOT TO MODIFY: seeding
@@ -688,7 +691,7 @@ if __name__ == "__main__":
     # env setup
     envs = make_envs(args.env_id, args.num_envs, life_loss_ends=True)
     replay = Replay(args.total_timesteps * 9 // 8 + 2 * args.num_envs, args.num_envs, device)
-    frames = envs.reset(seed=1000 * args.seed)[0].reshape(args.num_envs, 96, 96, 3)  # seeds + 0, 1, ...
+    frames = envs.reset(seed=1000 * args.seed % 2_000_000_000)[0].reshape(args.num_envs, 96, 96, 3)  # seeds + 0, 1, ...
     add_frames(replay, frames, age=np.zeros(args.num_envs))
     over = np.zeros(args.num_envs, bool)  # the newest frame is a game's last one, and the next step only resets
     game_return, game_length = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)
@@ -703,6 +706,9 @@ if __name__ == "__main__":
             settings = args.eval_episodes, args.eval_max_frames, args.num_simulations
             returns, lengths = evaluate(model.inference_copy(net), args.env_id, *settings, device, movie)
             log_evaluation(run_dir, writer, args.env_id, env_steps, updates, returns, lengths)
+            counters = {"updates": updates, "env_steps": env_steps, "scores": {args.env_id: float(returns.mean())}}
+            saved_args = vars(args) | {"teachers": [os.path.relpath(folder, run_dir) for folder in teachers]}
+            model.save_checkpoint(f"{run_dir}/model.pt", net, saved_args, [args.env_id, *env_ids], counters)
             bar.set_postfix(eval_return=f"{returns.mean():.1f}")
             if movie:
                 save_gif(f"{run_dir}/video-{updates}.gif", movie)
@@ -724,7 +730,7 @@ if __name__ == "__main__":
 
             # TRY NOT TO MODIFY: execute the game and log data.
             frames, reward, terminated, truncated, info = envs.step(action)
-            lives = info.get("lives", np.zeros(args.num_envs))
+            lives = info["lives"] if atari_rom(args.env_id) else np.zeros(args.num_envs)
             end = np.select([truncated, terminated & (lives > 0), terminated], [TIME_LIMIT, LIFE_LOST, GAME_OVER], 0)
             acted = ~over  # the step after a game's last frame only resets: its action and reward are void
             acted &= env_steps + np.cumsum(acted) <= args.total_timesteps
@@ -804,10 +810,6 @@ if __name__ == "__main__":
         bar.update()
     bar.close()
 
-    # save the agent and what it collected
-    counters = {"updates": updates, "env_steps": env_steps, "scores": {args.env_id: float(returns.mean())}}
-    saved_args = vars(args) | {"teachers": [os.path.relpath(folder, run_dir) for folder in teachers]}
-    model.save_checkpoint(f"{run_dir}/model.pt", net, saved_args, [args.env_id, *env_ids], counters)
     envs.close()
     writer.close()
     if args.save_dataset:

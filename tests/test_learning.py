@@ -1,7 +1,7 @@
-"""The project's claim in miniature: agents learn Catch from pixels, and transfer halves the environment steps it takes.
+"""The project's claim in miniature: agents learn Catch from pixels, and transfer saves environment steps.
 
-Every run is a command line of the scripts, two at a time, one thread each. The numbers of every seed are printed: run
-`pytest -s tests/test_learning.py` to see them.
+Every run is a command line of the scripts, two at a time, one thread each. The numbers of every seed are printed:
+`pytest -s tests/test_learning.py` shows them.
 """
 
 import os
@@ -18,10 +18,10 @@ SMALL = (
     "--channels 16 --blocks 1 --batch-size 16 --learning-rate 0.04 --num-simulations 16 --unroll-steps 2 --td-steps 3"
     " --eval-episodes 16"
 )
-ONLINE = "--num-envs 4 --learning-starts 100 --eval-every 50"
+ONLINE = "--num-envs 4 --learning-starts 100 --eval-every 50 --env-id toy_env:"
 SOURCES, TARGET, SEEDS = ["Catch-v0", "Catch-v1"], "Catch-v2", [1, 2, 3]
-THRESHOLD = 5.0  # of 8; random play scores 0 +- 0.7 as the mean of 16 games
-SCRATCH_STEPS, XTRA_STEPS = 800, 400
+THRESHOLD = 5.0  # of 8; the mean of 16 random games is 0 +- 0.7
+SCRATCH_STEPS, XTRA_STEPS = 800, 200
 
 
 def start(folder, script, flags, run_dir):
@@ -31,16 +31,18 @@ def start(folder, script, flags, run_dir):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def start_all(folder, jobs):
+def start_all(folder, script, jobs):
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda job: start(folder, *job), jobs))
+        list(pool.map(lambda job: start(folder, script, *job), jobs))
 
 
 def curve(run_dir):
     """Mean evaluation return by environment steps: [(env_steps, return), ...]."""
-    table = np.genfromtxt(run_dir / "evaluations.csv", delimiter=",", names=True, dtype=None, encoding=None)
-    return [(int(table["env_steps"][rows][0]), float(table["return"][rows].mean())) for rows in
-            (table["updates"] == update for update in np.unique(table["updates"]))]  # fmt: skip
+    evaluations = {}
+    for line in (run_dir / "evaluations.csv").read_text().splitlines()[1:]:
+        env_steps, _, _, score, *_ = line.split(",")
+        evaluations.setdefault(int(env_steps), []).append(float(score))
+    return [(env_steps, float(np.mean(scores))) for env_steps, scores in evaluations.items()]
 
 
 def steps_to_threshold(points, limit):
@@ -52,17 +54,16 @@ def steps_to_threshold(points, limit):
 def curves(tmp_path_factory):
     """{(method, seed): curve} of EfficientZero and of XTRA on the target, from one student of the two sources."""
     folder = tmp_path_factory.mktemp("learning")
-    jobs = [("finetune.py", f"{ONLINE} --env-id toy_env:{game} --total-timesteps 600 --save-dataset data-{game}", game)
-            for game in SOURCES]  # fmt: skip
-    jobs += [("finetune.py", f"{ONLINE} --env-id toy_env:{TARGET} --seed {seed} --total-timesteps {SCRATCH_STEPS}",
-              f"scratch-{seed}") for seed in SEEDS]  # fmt: skip
-    start_all(folder, jobs)
-    jobs = [("pretrain_teacher.py", f"--datasets data-{game} --num-updates 800", f"teacher-{game}") for game in SOURCES]
-    start_all(folder, jobs)
-    start(folder, "distill.py", f"--teachers {' '.join(f'teacher-{game}' for game in SOURCES)} --num-updates 800", "student")
-    flags = f"{ONLINE} --env-id toy_env:{TARGET} --pretrained student --total-timesteps {XTRA_STEPS} --offline-batch-size 16"
-    flags += " --similarity-start 100 --similarity-interval 100 --similarity-updates 20"
-    start_all(folder, [("finetune.py", f"{flags} --seed {seed}", f"xtra-{seed}") for seed in SEEDS])
+    jobs = [(f"{ONLINE}{game} --total-timesteps 600 --save-dataset data-{game}", game) for game in SOURCES]
+    jobs += [(f"{ONLINE}{TARGET} --seed {seed} --total-timesteps {SCRATCH_STEPS}", f"scratch-{seed}") for seed in SEEDS]
+    start_all(folder, "finetune.py", jobs)
+    jobs = [(f"--datasets data-{game} --num-updates 700", f"teacher-{game}") for game in SOURCES]
+    start_all(folder, "pretrain_teacher.py", jobs)
+    teachers = " ".join(run_dir for _, run_dir in jobs)
+    start_all(folder, "distill.py", [(f"--teachers {teachers} --num-updates 500", "student")])
+    xtra = f"{ONLINE}{TARGET} --pretrained student --total-timesteps {XTRA_STEPS} --offline-batch-size 16"
+    xtra += " --similarity-start 100 --similarity-interval 100 --similarity-updates 20"
+    start_all(folder, "finetune.py", [(f"{xtra} --seed {seed}", f"xtra-{seed}") for seed in SEEDS])
     found = {(method, seed): curve(folder / f"{method}-{seed}") for method in ("scratch", "xtra") for seed in SEEDS}
     for (method, seed), points in found.items():
         print(f"{method} seed {seed}: " + "  ".join(f"{steps}: {value:+.1f}" for steps, value in points))
@@ -80,4 +81,4 @@ def test_transfer_takes_clearly_fewer_environment_steps(curves):
     xtra = [steps_to_threshold(curves["xtra", seed], XTRA_STEPS) for seed in SEEDS]
     print(f"environment steps to a return of {THRESHOLD}: EfficientZero {scratch}, XTRA {xtra}")
     assert all(max(value for _, value in curves["xtra", seed]) >= THRESHOLD for seed in SEEDS)
-    assert np.mean(xtra) <= 0.7 * np.mean(scratch)
+    assert np.mean(xtra) <= 0.5 * np.mean(scratch)

@@ -12,8 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
-    "--channels 8 --blocks 1 --batch-size 8 --num-simulations 4 --unroll-steps 2"
-    " --eval-episodes 2 --eval-max-frames 80"
+    "--channels 8 --blocks 1 --batch-size 8 --num-simulations 4 --unroll-steps 2 --eval-episodes 2 --eval-max-frames 80"
 )
 SOURCES = ["PhoenixNoFrameskip-v4", "AssaultNoFrameskip-v4"]
 TARGET = "DemonAttackNoFrameskip-v4"
@@ -126,7 +125,9 @@ def test_the_papers_other_runs_are_flags(chain, tmp_path, flags):
 def test_multi_game_offline_rl(chain, tmp_path):
     folder, _ = chain
     run(folder, "pretrain_teacher.py", "--datasets data0 data1 --num-updates 4", str(tmp_path / "run"))
-    assert {line.split(",")[-1] for line in (tmp_path / "run" / "evaluations.csv").read_text().split()[1:]} == set(SOURCES)
+    assert {line.split(",")[-1] for line in (tmp_path / "run" / "evaluations.csv").read_text().split()[1:]} == set(
+        SOURCES
+    )
 
 
 def test_a_users_own_environment(tmp_path, monkeypatch):
