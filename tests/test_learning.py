@@ -18,7 +18,7 @@ SMALL = (
     "--channels 16 --blocks 1 --batch-size 16 --learning-rate 0.04 --num-simulations 16 --unroll-steps 2 --td-steps 3"
     " --eval-episodes 16"
 )
-ONLINE = "--num-envs 4 --learning-starts 100 --eval-every 50 --env-id toy_env:"
+ONLINE = "--num-envs 4 --learning-starts 100 --env-id toy_env:"
 SOURCES, TARGET, SEEDS = ["Catch-v0", "Catch-v1"], "Catch-v2", [1, 2, 3]
 THRESHOLD = 5.0  # of 8; the mean of 16 random games is 0 +- 0.7
 SCRATCH_STEPS, XTRA_STEPS = 800, 200
@@ -29,11 +29,6 @@ def start(folder, script, flags, run_dir):
     paths = {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=folder, env=os.environ | paths, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-
-
-def start_all(folder, script, jobs):
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda job: start(folder, script, *job), jobs))
 
 
 def curve(run_dir):
@@ -54,16 +49,31 @@ def steps_to_threshold(points, limit):
 def curves(tmp_path_factory):
     """{(method, seed): curve} of EfficientZero and of XTRA on the target, from one student of the two sources."""
     folder = tmp_path_factory.mktemp("learning")
-    jobs = [(f"{ONLINE}{game} --total-timesteps 600 --save-dataset data-{game}", game) for game in SOURCES]
-    jobs += [(f"{ONLINE}{TARGET} --seed {seed} --total-timesteps {SCRATCH_STEPS}", f"scratch-{seed}") for seed in SEEDS]
-    start_all(folder, "finetune.py", jobs)
-    jobs = [(f"--datasets data-{game} --num-updates 700", f"teacher-{game}") for game in SOURCES]
-    start_all(folder, "pretrain_teacher.py", jobs)
-    teachers = " ".join(run_dir for _, run_dir in jobs)
-    start_all(folder, "distill.py", [(f"--teachers {teachers} --num-updates 500", "student")])
-    xtra = f"{ONLINE}{TARGET} --pretrained student --total-timesteps {XTRA_STEPS} --offline-batch-size 16"
-    xtra += " --similarity-start 100 --similarity-interval 100 --similarity-updates 20"
-    start_all(folder, "finetune.py", [(f"{xtra} --seed {seed}", f"xtra-{seed}") for seed in SEEDS])
+    with ThreadPoolExecutor(2) as pool:
+
+        def submit(script, flags, run_dir):
+            return pool.submit(start, folder, script, flags, run_dir)
+
+        for future in [
+            submit("finetune.py", f"{ONLINE}{game} --total-timesteps 600 --save-dataset data-{game}", game)
+            for game in SOURCES
+        ]:
+            future.result()
+        for future in [
+            submit("pretrain_teacher.py", f"--datasets data-{game} --num-updates 700", f"teacher-{game}")
+            for game in SOURCES
+        ]:
+            future.result()
+        teachers = " ".join(f"teacher-{game}" for game in SOURCES)
+        student = submit("distill.py", f"--teachers {teachers} --num-updates 500", "student")
+        scratch = f"{ONLINE}{TARGET} --eval-every 100 --total-timesteps {SCRATCH_STEPS}"
+        futures = [submit("finetune.py", f"{scratch} --seed {seed}", f"scratch-{seed}") for seed in SEEDS]
+        student.result()
+        xtra = f"{ONLINE}{TARGET} --eval-every 50 --total-timesteps {XTRA_STEPS} --pretrained student"
+        xtra += " --offline-batch-size 16 --similarity-start 100 --similarity-interval 100 --similarity-updates 20"
+        futures += [submit("finetune.py", f"{xtra} --seed {seed}", f"xtra-{seed}") for seed in SEEDS]
+        for future in futures:
+            future.result()
     found = {(method, seed): curve(folder / f"{method}-{seed}") for method in ("scratch", "xtra") for seed in SEEDS}
     for (method, seed), points in found.items():
         print(f"{method} seed {seed}: " + "  ".join(f"{steps}: {value:+.1f}" for steps, value in points))
