@@ -66,7 +66,7 @@ def curves(tmp_path_factory):
             future.result()
         teachers = " ".join(f"teacher-{game}" for game in SOURCES)
         student = submit("distill.py", f"--teachers {teachers} --num-updates 500", "student")
-        scratch = f"{ONLINE}{TARGET} --eval-every 100 --total-timesteps {SCRATCH_STEPS}"
+        scratch = f"{ONLINE}{TARGET} --eval-every 50 --total-timesteps {SCRATCH_STEPS}"
         futures = [submit("finetune.py", f"{scratch} --seed {seed}", f"scratch-{seed}") for seed in SEEDS]
         student.result()
         xtra = f"{ONLINE}{TARGET} --eval-every 50 --total-timesteps {XTRA_STEPS} --pretrained student"
