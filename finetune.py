@@ -9,7 +9,7 @@ In: the run folder of `distill.py`; the offline games come with it. Out: a run f
 evaluations, and with --save-dataset what it collected. Without --pretrained this is the EfficientZero baseline.
 
 Letters: B batch, m offline tasks, K unroll steps, A actions (the 18 ALE ids), R rows of the replay, E environments.
-There is one update per environment step of 4 frames; the x-axis is updates, or steps for charts/episodic_*.
+There is one update per environment step of 4 frames; the x-axis is updates, or steps where docs/ say so.
 """
 
 import os
@@ -804,7 +804,7 @@ if __name__ == "__main__":
             writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], updates)
             writer.add_scalar("charts/beta", beta, updates)
             writer.add_scalar("charts/temperature", temperature_at(updates, args.total_timesteps), updates)
-            writer.add_scalar("charts/updates", updates, updates)
+            writer.add_scalar("charts/updates", updates, env_steps)
             writer.add_scalar("charts/SPS", int(env_steps / (time.time() - start_time)), updates)
         updates += 1
         bar.update()
