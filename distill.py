@@ -17,6 +17,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall a busy CPU; read as torch loads
 
 import re
+import sys
 import time
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -46,6 +47,8 @@ class Args:
     wandb_project_name: str = "xtra"  # the W&B project
     wandb_entity: str | None = None  # the W&B entity (team)
     run_dir: str | None = None  # the folder to write; default runs/{env_id}__{exp_name}__{seed}__{time}
+    resume: bool = False  # whether to go on from the checkpoint in --run-dir; where there is none, the run starts
+    checkpoint_every: int = 1_000  # updates between checkpoints; each evaluation and each interruption writes one too
 
     # Algorithm specific arguments
     teachers: tuple[str, ...] = ()  # run folders of pretrain_teacher.py, one per game
@@ -148,7 +151,7 @@ class Replay:
 
     def __init__(self, rows, num_envs, device):
         self.num_envs, self.size = num_envs, 0
-        self.frames = torch.empty(rows, 3, 96, 96, dtype=torch.uint8, device=device)  # [R, 3, 96, 96]
+        self.frames = torch.zeros(rows, 3, 96, 96, dtype=torch.uint8, device=device)  # [R, 3, 96, 96] taken at once
         self.action = np.zeros(rows, np.int64)  # [R] ALE ids
         self.reward = np.zeros(rows, np.float32)  # [R] raw: clipped where targets are made
         self.acted = np.zeros(rows, bool)  # [R]
@@ -163,26 +166,53 @@ class Replay:
 
 
 # Copied from pretrain_teacher.py
+def dataset_meta(folder):
+    """The meta.json of a dataset folder, whose files are all there and undamaged; exits with one line if not."""
+    fields = {"rows": int, "env_steps": int, "env_id": str, "settings": dict}
+    meta = model.load_manifest(f"{folder}/meta.json", "xtra-dataset-1", fields)
+    settings = meta["settings"] | {"num_envs": None}
+    if settings != {"frame": [96, 96, 3], "frameskip": 4, "sticky_actions": 0.0, "num_envs": None} or meta["rows"] < 1:
+        raise SystemExit(
+            f"error: {folder} has {meta['rows']} rows of {settings}, expected 96x96x3, frameskip 4; redo it"
+        )
+    return meta
+
+
+# Copied from pretrain_teacher.py
 def load_dataset(folder, device):
     """Reads a dataset folder (docs/finetune.md, "Datasets") -> (Replay with E = 1 and priorities 1, its meta.json).
 
-    Exits with one line if the folder is missing, damaged or of another format version.
+    Exits with one line if the folder is missing, damaged, of another format version or of other environment settings.
     """
-    meta = model.load_manifest(f"{folder}/meta.json", "xtra-dataset-1")
-    steps = np.load(f"{folder}/steps.npz", allow_pickle=False)
-    replay = Replay(meta["rows"], 1, device)
-    replay.size = meta["rows"]
-    decompressor, offsets = zstandard.ZstdDecompressor(), steps["chunk_offsets"]
-    with open(f"{folder}/frames", "rb") as file:
-        for i in range(len(offsets) - 1):  # 8 frames a chunk, channel last
-            chunk = np.frombuffer(decompressor.decompress(file.read(offsets[i + 1] - offsets[i])), np.uint8)
-            chunk = torch.tensor(chunk.reshape(-1, 96, 96, 3)).permute(0, 3, 1, 2)
-            replay.frames[8 * i : 8 * i + len(chunk)] = chunk.to(device)
+    path, meta = f"{folder}/frames", dataset_meta(folder)
+    R, chunks = meta["rows"], -(-meta["rows"] // 8)
+    flags = dict.fromkeys(("acted", "life_lost", "terminated", "truncated"), (bool, (R,)))
+    fields = {"chunk_offsets": (np.int64, (chunks + 1,)), "action": (np.uint8, (R,)), "reward": (np.float32, (R,))}
+    steps = model.load_arrays(f"{folder}/steps.npz", fields | flags)
+    sizes = np.diff(steps["chunk_offsets"])  # [chunks]
+    fits = steps["chunk_offsets"][0] == 0 and sizes.min() > 0 and sizes.sum() == os.path.getsize(path)
+    if not fits or steps["action"].max() >= 18 or not np.isfinite(steps["reward"]).all():
+        raise SystemExit(
+            f"error: {folder}/steps.npz has offsets, actions or rewards out of range; make the folder again"
+        )
+    replay = Replay(R, 1, device)
+    replay.size = R
+    decompressor = zstandard.ZstdDecompressor()
+    with open(path, "rb") as file:
+        for start, size in zip(range(0, R, 8), sizes.tolist(), strict=True):  # 8 frames a chunk, channel last
+            data, n = file.read(size), min(8, R - start)
+            try:
+                if zstandard.frame_content_size(data) != n * 96 * 96 * 3:
+                    raise zstandard.ZstdError(f"chunk {start // 8} has another size than {n} frames")
+                chunk = np.frombuffer(decompressor.decompress(data), np.uint8).reshape(n, 96, 96, 3)
+            except (zstandard.ZstdError, ValueError) as error:
+                raise SystemExit(f"error: {path} cannot be unpacked ({error}); make the folder again") from None
+            replay.frames[start : start + n] = torch.tensor(chunk).permute(0, 3, 1, 2).to(device)
     replay.action[:], replay.reward[:], replay.acted[:] = steps["action"], steps["reward"], steps["acted"]
     replay.end[:] = LIFE_LOST * steps["life_lost"] + GAME_OVER * steps["terminated"] + TIME_LIMIT * steps["truncated"]
-    starts = np.ones(meta["rows"], bool)  # an episode starts after an end or after a row that was not acted on
+    starts = np.ones(R, bool)  # an episode starts after an end or after a row that was not acted on
     starts[1:] = (replay.end[:-1] > 0) & replay.acted[1:] | ~replay.acted[:-1]
-    rows = np.arange(meta["rows"])
+    rows = np.arange(R)
     replay.age[:] = rows - np.maximum.accumulate(np.where(starts, rows, 0))
     replay.priority[:] = replay.acted
     return replay, meta
@@ -196,20 +226,59 @@ class Task(NamedTuple):
     replay: Replay  # its policy and value are the teacher's
 
 
+def targets_meta(folder):
+    """The targets.json of a teacher's run folder, whose files are there and undamaged; exits with one line if not."""
+    fields = {"rows": int, "num_simulations": int, "dataset": str}
+    meta = model.load_manifest(f"{folder}/targets.json", "xtra-targets-1", fields)
+    if meta["rows"] < 1 or not 1 <= meta["num_simulations"] < 2**16:
+        raise SystemExit(
+            f"error: {folder}/targets.json has rows or num_simulations out of range; run the teacher again"
+        )
+    return meta
+
+
 def load_task(folder, device):
     """Reads a run folder of pretrain_teacher.py and the dataset that it names -> Task.
 
     Exits with one line if something is missing or damaged, or if teacher and dataset do not belong together.
     """
-    meta = model.load_manifest(f"{folder}/targets.json", "xtra-targets-1")
-    _, checkpoint = model.load_checkpoint(f"{folder}/model.pt")
-    replay, dataset_meta = load_dataset(os.path.join(folder, meta["dataset"]), device)
-    arrays = np.load(f"{folder}/targets.npz", allow_pickle=False)
+    meta = targets_meta(folder)
+    dataset = os.path.join(folder, meta["dataset"])
+    env_id, rows = dataset_meta(dataset)["env_id"], meta["rows"]
+    arrays = {"visits": (np.uint16, (rows, 18)), "value": (np.float32, (rows,))}
+    arrays = model.load_arrays(f"{folder}/targets.npz", arrays)
+    replay = load_dataset(dataset, device)[0]
+    score = model.load_model(f"{folder}/model.pt")[1]["counters"].get("scores", {}).get(env_id)
+    searched = (arrays["visits"].sum(axis=1, dtype=np.int64) == meta["num_simulations"]).all()
+    if replay.size != rows or type(score) is not float or not (searched and np.isfinite(arrays["value"]).all()):
+        raise SystemExit(f"error: {folder} does not fit its dataset {dataset} ({env_id}); run the teacher again")
     replay.policy[:] = arrays["visits"] / meta["num_simulations"]
     replay.value[:] = arrays["value"]
-    env_id = dataset_meta["env_id"]
-    score = checkpoint["counters"]["scores"][env_id]
     return Task(env_id, score, replay)
+
+
+# Copied from pretrain_teacher.py
+def replay_state(replay, version):
+    """What a checkpoint keeps of a replay: priorities, and the targets of `version`, the current target network. Older
+    targets are never read again; frames, actions and rewards come back from the dataset or the game."""
+    fresh = np.flatnonzero(replay.value_version[: replay.size] == version)  # [n]
+    names = ("policy", "value", "policy_version", "value_version")
+    targets = {name: torch.from_numpy(getattr(replay, name)[fresh]) for name in names}
+    return targets | {"fresh": torch.from_numpy(fresh), "priority": torch.from_numpy(replay.priority[: replay.size])}
+
+
+# Copied from pretrain_teacher.py
+def restore_replay(replay, state):
+    """Puts back what `replay_state` kept; exits with one line if it is not of this replay."""
+    try:
+        for name in ("policy", "value", "policy_version", "value_version"):
+            getattr(replay, name)[state["fresh"].numpy()] = state[name].numpy()
+        replay.priority[: replay.size] = state["priority"].numpy()
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+        raise SystemExit(f"error: the checkpoint has another replay ({error}); was its dataset exchanged?") from None
+    acted, priority = replay.acted[: replay.size], replay.priority[: replay.size]
+    if not (np.isfinite(priority).all() and ((priority > 0) == acted).all()):
+        raise SystemExit("error: the checkpoint has priorities that are not finite and above 0; start the run anew")
 
 
 # Copied from pretrain_teacher.py
@@ -271,11 +340,12 @@ def make_targets(replay, roots, td_steps, unroll_steps, gamma=0.997**4):
 
 
 # Copied from pretrain_teacher.py
-def run_search(net, obs, legal, num_simulations, rng, noise):
+def run_search(net, env_id, obs, legal, num_simulations, rng, noise):
     """Searches from obs uint8 [n, 12, 96, 96] with legal [n, A] -> SearchResult, value head at the roots [n].
 
     net: an `inference_copy`. num_simulations 0: the policy head stands for the visits. noise: whether to mix Dirichlet
-    noise into the root priors (self-play and reanalyze).
+    noise into the root priors (self-play and reanalyze). Raises `FloatingPointError(what, tensors)`, with env_id
+    in `what`, if the network says something that is not finite.
     """
     autocast = torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.device.type == "cuda")
     with torch.no_grad(), autocast:
@@ -290,13 +360,13 @@ def run_search(net, obs, legal, num_simulations, rng, noise):
             latent, lstm_state, prefix, policy, value = net.recurrent_inference(latent, action, lstm_state)
             return latent, lstm_state, model.support_to_scalar(prefix), model.support_to_scalar(value), policy
 
-        result = mcts.search(
-            *(recurrent, latent, policy_logits, legal, num_simulations),
-            lstm_size=net.config.lstm_size,
-            noise=mcts.dirichlet_noise(rng, legal) if noise else None,
-            seeds=rng.integers(1, 2**63, len(legal), dtype=np.uint64),
-            threads=min(8, os.cpu_count()) if obs.is_cuda else 1,
-        )
+        options = {"lstm_size": net.config.lstm_size, "threads": min(8, os.cpu_count()) if obs.is_cuda else 1}
+        options["noise"] = mcts.dirichlet_noise(rng, legal) if noise else None
+        options["seeds"] = rng.integers(1, 2**63, len(legal), dtype=np.uint64)
+        try:
+            result = mcts.search(recurrent, latent, policy_logits, legal, num_simulations, **options)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"the search of {env_id} ({error})", {"obs": obs}) from None
     return result, value
 
 
@@ -395,20 +465,21 @@ def learning_rate_at(update, total, base):
 
 # --- evaluation ---
 # Copied from pretrain_teacher.py
-def evaluate(net, env_id, episodes, max_frames, num_simulations, device, movie=None):
+def evaluate(net, env_id, episodes, max_frames, num_simulations, device, movie=None, interrupted=()):
     """Plays `episodes` whole games side by side (seeds 0, 1, ..., full lives, no noise, the most visited action or the
     lowest of several) -> raw returns [episodes], lengths in environment steps [episodes].
 
-    num_simulations 0 acts on the policy head alone. movie: a list that gets the first game's frames.
+    num_simulations 0 acts on the policy head alone. movie: a list that gets the first game's frames. interrupted: a
+    list; the games stop, and the results mean nothing, once something is in it.
     """
     envs, rng = make_envs(env_id, episodes, life_loss_ends=False), np.random.default_rng(0)
     legal = np.repeat(legal_actions(env_id)[None], episodes, 0)  # [E, A]
     frames = envs.reset(seed=0)[0].reshape(episodes, 96, 96, 3)
     stack = torch.as_tensor(frames).permute(0, 3, 1, 2).repeat(1, 4, 1, 1).to(device)  # [E, 12, 96, 96]
     returns, lengths, active = np.zeros(episodes), np.zeros(episodes, np.int64), np.arange(episodes)
-    while len(active):
+    while len(active) and not interrupted:
         action = np.zeros(episodes, np.int64)  # finished games leave the search; their actions do not matter
-        result, _ = run_search(net, stack[active], legal[active], num_simulations, rng, noise=False)
+        result, _ = run_search(net, env_id, stack[active], legal[active], num_simulations, rng, noise=False)
         action[active] = result.visits.argmax(axis=1)
         if movie is not None and 0 in active:
             movie.append(frames[0].copy())
@@ -423,18 +494,13 @@ def evaluate(net, env_id, episodes, max_frames, num_simulations, device, movie=N
 
 
 # Copied from pretrain_teacher.py
-def log_evaluation(run_dir, writer, env_id, env_steps, updates, returns, lengths, suffix=""):
-    """Appends one line per game to evaluations.csv and the means to TensorBoard."""
-    path, text = f"{run_dir}/evaluations.csv", "env_steps,updates,episode,return,length,env_id\n"
-    if os.path.exists(path):
-        with open(path) as file:
-            text = file.read()
-    for i, (score, length) in enumerate(zip(returns.tolist(), lengths.tolist(), strict=True)):
-        text += f"{env_steps},{updates},{i},{score},{length},{env_id}\n"
-    model.write_file(path, lambda file: file.write(text.encode()))
+def log_evaluation(writer, env_id, env_steps, updates, returns, lengths, suffix=""):
+    """The means to TensorBoard and the terminal -> one line per game for evaluations.csv."""
     writer.add_scalar("eval/episodic_return" + suffix, returns.mean(), updates)
     writer.add_scalar("eval/episodic_length" + suffix, lengths.mean(), updates)
     tqdm.write(f"updates={updates}, env_id={env_id}, evaluation return={returns.mean():.1f} (std {returns.std():.1f})")
+    games = enumerate(zip(returns.tolist(), lengths.tolist(), strict=True))
+    return "".join(f"{env_steps},{updates},{i},{score},{length},{env_id}\n" for i, (score, length) in games)
 
 
 # Copied from pretrain_teacher.py
@@ -445,8 +511,15 @@ def check_args(args, may_be_zero=()):
         lowest = 2 if name in ("batch_size", "channels") else lowest  # for batch norm and the first convolution
         if isinstance(value, int | float) and not isinstance(value, bool) and not lowest <= value < float("inf"):
             raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {lowest} or more")
-    if args.run_dir and (os.path.isfile(args.run_dir) or os.path.exists(f"{args.run_dir}/evaluations.csv")):
-        raise SystemExit(f"error: --run-dir {args.run_dir} holds a run already, or is a file; choose another folder")
+    if args.resume and not args.run_dir:
+        raise SystemExit("error: --resume needs the --run-dir that it is to continue; give both")
+    found = [name for name in ("checkpoint.pt", "evaluations.csv") if os.path.exists(f"{args.run_dir}/{name}")]
+    if args.run_dir and (os.path.isfile(args.run_dir) or found and not args.resume):
+        hint = "continue it with --resume, or choose another folder"
+        raise SystemExit(f"error: --run-dir {args.run_dir} holds a run already, or is a file; {hint}")
+    if args.resume and found == ["evaluations.csv"]:
+        hint = "put its checkpoint.pt back, or choose another folder"
+        raise SystemExit(f"error: --run-dir {args.run_dir} holds a run without a checkpoint; {hint}")
 
 
 if __name__ == "__main__":
@@ -459,16 +532,22 @@ if __name__ == "__main__":
         raise SystemExit(f"error: --batch-size {args.batch_size} is not a multiple of the {m} --teachers; make it one")
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
+    interrupted = model.catch_signals()  # gets an entry when the run shall stop
+    checkpoint = model.load_checkpoint(args)
+
     # data setup
+    config = model.ModelConfig.of_width(args.channels, args.blocks)
+    rows = sum(targets_meta(folder)["rows"] for folder in args.teachers)
+    sizes = {"rows": rows, "samples": args.batch_size, "roots": args.eval_episodes}
+    model.check_memory(device, args.run_dir or "runs", config, num_simulations=args.num_simulations, disk=0, **sizes)
     tasks = [load_task(folder, device) for folder in args.teachers]
     env_ids = [task.env_id for task in tasks]
+    share = args.batch_size // m
     for folder, task in zip(args.teachers, tasks, strict=True):
-        if np.count_nonzero(task.replay.acted) < args.batch_size // m:
+        if np.count_nonzero(task.replay.acted) < share:
             raise SystemExit(f"error: {folder}'s dataset has fewer steps than its share of --batch-size; lower that")
-
     run_name = f"{'+'.join(env_ids).replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = args.run_dir or f"runs/{run_name}"
-    writer = make_writer(args, run_name, run_dir)
 
     # TRY NOT TO MODIFY: seeding
     torch.manual_seed(args.seed)
@@ -477,67 +556,100 @@ if __name__ == "__main__":
     generator = torch.Generator(device).manual_seed(args.seed)  # augmentation
 
     # agent setup
-    config = model.ModelConfig.of_width(args.channels, args.blocks)
     net = model.EfficientZeroNet(config).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
     loss_function = cloning_loss if args.policy_target == "actions" else unroll_loss
     num_simulations = 0 if args.policy_target == "actions" else args.num_simulations
-    share = args.batch_size // m
+    sample_names = np.repeat(env_ids, share)  # [B]
     log_every = max(1, min(100, args.num_updates // 100))  # updates
-    scores = {}
+    updates, evaluated, scores = 0, -1, {}  # evaluated: when the last evaluation was, in updates
+    evaluations = "env_steps,updates,episode,return,length,env_id\n"
+
+    # the run folder, and if the run goes on, all that it had
+    lock = model.lock_folder(run_dir)
+    inputs = [model.sha256(f"{folder}/targets.json") for folder in args.teachers]
+    parts = {"net": net, "optimizer": optimizer, "rng": rng, "generator": generator}
+    if checkpoint:
+        kinds = {"updates": int, "evaluated": int, "scores": dict, "evaluations": str}
+        updates, evaluated, scores, evaluations = model.restore(run_dir, checkpoint, inputs, parts, **kinds)
+        for task, state in zip(tasks, checkpoint["replays"], strict=True):
+            restore_replay(task.replay, state)
+    if args.resume:
+        model.rewind_events(run_dir, checkpoint)
 
     # TRY NOT TO MODIFY: start the training
-    start_time = time.time()
-    bar = tqdm(total=args.num_updates, unit="update", dynamic_ncols=True)
-    for updates in range(args.num_updates + 1):
-        if updates % args.eval_every == 0 or updates == args.num_updates:
+    start_time, start_updates = time.time(), updates
+    bar = tqdm(total=args.num_updates, initial=updates, unit="update", dynamic_ncols=True)
+    with bar, model.one_line_errors(run_dir, bar):
+        writer = make_writer(args, run_name, run_dir)
+        while True:
+            last = updates == args.num_updates
+            if (last or updates % args.eval_every == 0) and evaluated < updates:
+                settings = args.eval_episodes, args.eval_max_frames, num_simulations, device, None, interrupted
+                results = [evaluate(model.inference_copy(net), env_id, *settings) for env_id in env_ids]
+                if not interrupted:
+                    for task, (returns, lengths) in zip(tasks, results, strict=True):
+                        suffix = f"/{task.env_id}"
+                        evaluations += log_evaluation(writer, task.env_id, 0, updates, returns, lengths, suffix)
+                        writer.add_scalar(f"charts/teacher/avg_episodic_return/{task.env_id}", task.score, updates)
+                        scores[task.env_id] = float(returns.mean())
+                    evaluated = updates
+                    bar.set_postfix(eval_return=f"{np.mean(list(scores.values())):.1f}")
+            if interrupted or evaluated == updates or updates % args.checkpoint_every == 0:
+                writer.flush()
+                states = [replay_state(task.replay, version=1) for task in tasks]  # no targets: they are the teachers'
+                values = {"updates": updates, "evaluated": evaluated, "scores": scores, "evaluations": evaluations}
+                keep_going = not (last or interrupted)
+                saved = model.save_checkpoint(run_dir, args, inputs, parts, states, values, keep_going)
+            if evaluated == updates and saved:
+                model.write_file(f"{run_dir}/evaluations.csv", evaluations.encode(), keep_going=not last)
+                saved_args = vars(args) | {"teachers": [os.path.relpath(folder, run_dir) for folder in args.teachers]}
+                counters = {"updates": updates, "scores": scores}
+                model.save_model(f"{run_dir}/model.pt", net, saved_args, env_ids, counters, keep_going=not last)
+            if last or interrupted:
+                break
+
+            # ALGO LOGIC: training.
+            beta = 0.4 + 0.6 * min(1.0, updates / (1.2 * args.num_updates))
+            drawn, batches = [], []
             for task in tasks:
-                settings = args.eval_episodes, args.eval_max_frames, num_simulations
-                returns, lengths = evaluate(model.inference_copy(net), task.env_id, *settings, device)
-                log_evaluation(run_dir, writer, task.env_id, 0, updates, returns, lengths, f"/{task.env_id}")
-                writer.add_scalar(f"charts/teacher/avg_episodic_return/{task.env_id}", task.score, updates)
-                scores[task.env_id] = float(returns.mean())
-            saved_args = vars(args) | {"teachers": [os.path.relpath(folder, run_dir) for folder in args.teachers]}
-            model.save_checkpoint(f"{run_dir}/model.pt", net, saved_args, env_ids, dict(updates=updates, scores=scores))
-            bar.set_postfix(eval_return=f"{np.mean(list(scores.values())):.1f}")
-        if updates == args.num_updates:
-            break
+                settings = args.unroll_steps, args.td_steps, beta, rng, generator
+                rows, task_batch = teacher_batch(task, share, *settings)
+                drawn.append(rows)
+                batches.append(task_batch)
+            batch = Batch(*[torch.cat(tensors) for tensors in zip(*batches, strict=True)])  # [B, ...], task after task
 
-        # ALGO LOGIC: training.
-        beta = 0.4 + 0.6 * min(1.0, updates / (1.2 * args.num_updates))
-        drawn, batches = [], []
-        for task in tasks:
-            settings = args.unroll_steps, args.td_steps, beta, rng, generator
-            rows, task_batch = teacher_batch(task, share, *settings)
-            drawn.append(rows)
-            batches.append(task_batch)
-        batch = Batch(*[torch.cat(tensors) for tensors in zip(*batches, strict=True)])  # [B, ...], task after task
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                total, terms, priority = loss_function(net, batch)
+            loss = (batch.weight * total).mean()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(updates, args.num_updates, args.learning_rate)
+            optimizer.zero_grad()
+            (loss / args.unroll_steps).backward()
+            norm = torch.nn.utils.get_total_norm([x.grad for x in net.parameters() if x.grad is not None])
+            model.check_finite(loss, norm, terms, sample_names, net, batch)
+            torch.nn.utils.clip_grads_with_norm_(net.parameters(), 5.0, norm)
+            optimizer.step()
+            for task, rows, new in zip(tasks, drawn, priority.cpu().numpy().reshape(m, share), strict=True):
+                task.replay.priority[rows] = new
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            total, terms, priority = loss_function(net, batch)
-        loss = (batch.weight * total).mean()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(updates, args.num_updates, args.learning_rate)
-        optimizer.zero_grad()
-        (loss / args.unroll_steps).backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)
-        optimizer.step()
-        for task, rows, new in zip(tasks, drawn, priority.cpu().numpy().reshape(m, share), strict=True):
-            task.replay.priority[rows] = new
+            if updates % log_every == 0:
+                writer.add_scalar("losses/loss", loss.item(), updates)
+                for name, term in terms.items():
+                    writer.add_scalar(f"losses/{name}_loss", term.mean().item(), updates)
+                    for env_id, mean in zip(env_ids, term.view(m, share).mean(dim=1).tolist(), strict=True):
+                        writer.add_scalar(f"losses/{name}_loss/{env_id}", mean, updates)
+                writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], updates)
+                writer.add_scalar("charts/beta", beta, updates)
+                speed = (updates + 1 - start_updates) / (time.time() - start_time)
+                writer.add_scalar("charts/updates_per_second", speed, updates)
+            updates += 1
+            bar.update()
+        writer.close()
 
-        bar.update()
-        if updates % log_every == 0:
-            writer.add_scalar("losses/loss", loss.item(), updates)
-            for name, term in terms.items():
-                writer.add_scalar(f"losses/{name}_loss", term.mean().item(), updates)
-                for env_id, mean in zip(env_ids, term.view(m, share).mean(dim=1).tolist(), strict=True):
-                    writer.add_scalar(f"losses/{name}_loss/{env_id}", mean, updates)
-            writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], updates)
-            writer.add_scalar("charts/beta", beta, updates)
-            writer.add_scalar("charts/updates_per_second", (updates + 1) / (time.time() - start_time), updates)
-    bar.close()
-
-    writer.close()
+    if interrupted:
+        print(f"{run_dir}: stopped at update {updates} by {interrupted[0]}. Next: the same command with --resume")
+        sys.exit(model.INTERRUPTED)
     for task in tasks:
         print(f"{task.env_id}: student {scores[task.env_id]:.1f}, its teacher {task.score:.1f}")
     print(f"{run_dir}: student saved. Next: python finetune.py --pretrained {run_dir} --env-id NEW_GAME")

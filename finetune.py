@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall a 
 import hashlib
 import re
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -51,6 +52,8 @@ class Args:
     wandb_project_name: str = "xtra"  # the W&B project
     wandb_entity: str | None = None  # the W&B entity (team)
     run_dir: str | None = None  # the folder to write; default runs/{env_id}__{exp_name}__{seed}__{time}
+    resume: bool = False  # whether to go on from the checkpoint in --run-dir; where there is none, the run starts
+    checkpoint_every: int = 1_000  # updates between checkpoints; each evaluation and each interruption writes one too
     capture_video: bool = False  # whether to write a gif of the first game of each evaluation into the run folder
 
     # Algorithm specific arguments
@@ -59,7 +62,7 @@ class Args:
     extra_updates: int = 0  # updates after the last environment step; from 101 % on at a tenth of the rate (Table 2)
     num_envs: int = 8  # environments that play side by side
     learning_starts: int = 2_000  # environment steps before the first update; random, or searched if pretrained
-    channels: int | None = None  # channels of the latent; default: the checkpoint's, else 64
+    channels: int | None = None  # channels of the latent; default: the student's, else 64
     blocks: int | None = None  # residual blocks per group of the representation network; default: as above, else 1
     batch_size: int = 256  # samples of the target game per update
     learning_rate: float = 0.2  # learning rate of SGD after its warm-up over 1 % of the run
@@ -171,7 +174,7 @@ class Replay:
 
     def __init__(self, rows, num_envs, device):
         self.num_envs, self.size = num_envs, 0
-        self.frames = torch.empty(rows, 3, 96, 96, dtype=torch.uint8, device=device)  # [R, 3, 96, 96]
+        self.frames = torch.zeros(rows, 3, 96, 96, dtype=torch.uint8, device=device)  # [R, 3, 96, 96] taken at once
         self.action = np.zeros(rows, np.int64)  # [R] ALE ids
         self.reward = np.zeros(rows, np.float32)  # [R] raw: clipped where targets are made
         self.acted = np.zeros(rows, bool)  # [R]
@@ -199,6 +202,66 @@ def add_frames(replay, frames, age):
     replay.size = rows.stop
 
 
+@dataclass
+class Games:
+    """What the environments play, and the checksum of all that they have shown."""
+
+    over: np.ndarray  # [E] bool: the newest frame is a game's last one, and the next step only resets
+    score: np.ndarray  # [E] raw return so far
+    length: np.ndarray  # [E] environment steps so far
+    checksum: "hashlib._Hash"  # sha256 of frames, rewards and ends
+
+
+def start_games(envs, replay, seed):
+    """Resets the environments; the first frames go into the replay -> Games. Copy i plays the games of seed + i."""
+    E = replay.num_envs
+    frames = envs.reset(seed=seed)[0].reshape(E, 96, 96, 3)
+    add_frames(replay, frames, age=np.zeros(E))
+    return Games(np.zeros(E, bool), np.zeros(E), np.zeros(E, np.int64), hashlib.sha256(np.ascontiguousarray(frames)))
+
+
+def play(envs, replay, games, action, env_steps, total_timesteps, has_lives):
+    """Takes one step in every environment and stores it -> environment steps so far. Changes `replay` and `games`.
+
+    action [E]. has_lives: whether `terminated` may be a lost life only. Together with `start_games` this depends on
+    nothing but the seed and the actions: the action log of a checkpoint brings games and replay back.
+    """
+    rows = np.arange(replay.size - replay.num_envs, replay.size)  # the newest frame of each environment
+    frames, reward, terminated, truncated, info = envs.step(action)
+    frames = np.ascontiguousarray(frames).reshape(replay.num_envs, 96, 96, 3)
+    lives = info["lives"] if has_lives else np.zeros(replay.num_envs)
+    end = np.select([truncated, terminated & (lives > 0), terminated], [TIME_LIMIT, LIFE_LOST, GAME_OVER], 0)
+    acted = ~games.over  # the step after a game's last frame only resets: its action and reward are void
+    acted &= env_steps + np.cumsum(acted) <= total_timesteps
+    replay.action[rows], replay.reward[rows], replay.acted[rows] = action, reward, acted
+    replay.end[rows], replay.stored_at[rows] = end * acted, env_steps + np.cumsum(acted) - 1
+    replay.priority[rows] = acted * (replay.priority[: replay.size].max() or 1.0)  # the current maximum
+    add_frames(replay, frames, age=np.where(games.over | (end == LIFE_LOST), 0, replay.age[rows] + 1))
+    games.score, games.length = (games.score + reward * acted) * ~games.over, (games.length + acted) * ~games.over
+    games.over = ~games.over & np.isin(end, (GAME_OVER, TIME_LIMIT))
+    for array in (frames, replay.reward[rows], replay.end[rows]):
+        games.checksum.update(array)
+    return env_steps + int(acted.sum())
+
+
+def replay_games(envs, replay, games, actions, checksum, total_timesteps, has_lives):
+    """Plays the action log of a checkpoint, uint8 [T, E], again -> environment steps. Changes `replay` and `games`.
+
+    Exits with one line if the games do not show what they showed then.
+    """
+    if actions.dtype != torch.uint8 or actions.shape[1:] != (replay.num_envs,) or (actions >= 18).any():
+        raise SystemExit("error: the checkpoint has no action log of these environments; start the run anew")
+    env_steps = 0
+    for action in tqdm(actions.long().numpy(), unit="step", desc="replaying the games", leave=False):
+        env_steps = play(envs, replay, games, action, env_steps, total_timesteps, has_lives)
+    if games.checksum.hexdigest() != checksum:
+        hint = "go on with the ale-py, ROM or environment that it was started with; its seed must fix what it shows"
+        raise SystemExit(
+            f"error: the games differ from those of the checkpoint (ale-py is {version('ale-py')}); {hint}"
+        )
+    return env_steps
+
+
 def save_dataset(folder, replay, meta):
     """Writes the replay as a dataset folder, whole or not at all (docs/finetune.md, "Datasets").
 
@@ -210,14 +273,18 @@ def save_dataset(folder, replay, meta):
     try:
         os.makedirs(temporary)
         compressor, offsets = zstandard.ZstdCompressor(level=1), [0]
-        with open(f"{temporary}/frames", "wb") as file:
+
+        def write_frames(file):
             for start in range(0, len(order), 8):
                 frames = replay.frames[order[start : start + 8]].permute(0, 2, 3, 1).contiguous().cpu().numpy()
                 offsets.append(offsets[-1] + file.write(compressor.compress(frames.tobytes())))
+
+        model.write_file(f"{temporary}/frames", write_frames)
         end = replay.end[order]
         flags = {"life_lost": end == LIFE_LOST, "terminated": end == GAME_OVER, "truncated": end == TIME_LIMIT}
         flags |= {"acted": replay.acted[order], "action": replay.action[order].astype(np.uint8)}
-        np.savez(f"{temporary}/steps.npz", chunk_offsets=np.array(offsets), reward=replay.reward[order], **flags)
+        flags |= {"chunk_offsets": np.array(offsets), "reward": replay.reward[order]}
+        model.write_file(f"{temporary}/steps.npz", lambda file: np.savez(file, **flags))
         fields = meta | {"rows": replay.size, "env_steps": int(replay.acted.sum())}
         model.write_manifest(f"{temporary}/meta.json", "xtra-dataset-1", fields, ["frames", "steps.npz"])
         os.rename(temporary, folder)
@@ -227,26 +294,53 @@ def save_dataset(folder, replay, meta):
 
 
 # Copied from pretrain_teacher.py
+def dataset_meta(folder):
+    """The meta.json of a dataset folder, whose files are all there and undamaged; exits with one line if not."""
+    fields = {"rows": int, "env_steps": int, "env_id": str, "settings": dict}
+    meta = model.load_manifest(f"{folder}/meta.json", "xtra-dataset-1", fields)
+    settings = meta["settings"] | {"num_envs": None}
+    if settings != {"frame": [96, 96, 3], "frameskip": 4, "sticky_actions": 0.0, "num_envs": None} or meta["rows"] < 1:
+        raise SystemExit(
+            f"error: {folder} has {meta['rows']} rows of {settings}, expected 96x96x3, frameskip 4; redo it"
+        )
+    return meta
+
+
+# Copied from pretrain_teacher.py
 def load_dataset(folder, device):
     """Reads a dataset folder (docs/finetune.md, "Datasets") -> (Replay with E = 1 and priorities 1, its meta.json).
 
-    Exits with one line if the folder is missing, damaged or of another format version.
+    Exits with one line if the folder is missing, damaged, of another format version or of other environment settings.
     """
-    meta = model.load_manifest(f"{folder}/meta.json", "xtra-dataset-1")
-    steps = np.load(f"{folder}/steps.npz", allow_pickle=False)
-    replay = Replay(meta["rows"], 1, device)
-    replay.size = meta["rows"]
-    decompressor, offsets = zstandard.ZstdDecompressor(), steps["chunk_offsets"]
-    with open(f"{folder}/frames", "rb") as file:
-        for i in range(len(offsets) - 1):  # 8 frames a chunk, channel last
-            chunk = np.frombuffer(decompressor.decompress(file.read(offsets[i + 1] - offsets[i])), np.uint8)
-            chunk = torch.tensor(chunk.reshape(-1, 96, 96, 3)).permute(0, 3, 1, 2)
-            replay.frames[8 * i : 8 * i + len(chunk)] = chunk.to(device)
+    path, meta = f"{folder}/frames", dataset_meta(folder)
+    R, chunks = meta["rows"], -(-meta["rows"] // 8)
+    flags = dict.fromkeys(("acted", "life_lost", "terminated", "truncated"), (bool, (R,)))
+    fields = {"chunk_offsets": (np.int64, (chunks + 1,)), "action": (np.uint8, (R,)), "reward": (np.float32, (R,))}
+    steps = model.load_arrays(f"{folder}/steps.npz", fields | flags)
+    sizes = np.diff(steps["chunk_offsets"])  # [chunks]
+    fits = steps["chunk_offsets"][0] == 0 and sizes.min() > 0 and sizes.sum() == os.path.getsize(path)
+    if not fits or steps["action"].max() >= 18 or not np.isfinite(steps["reward"]).all():
+        raise SystemExit(
+            f"error: {folder}/steps.npz has offsets, actions or rewards out of range; make the folder again"
+        )
+    replay = Replay(R, 1, device)
+    replay.size = R
+    decompressor = zstandard.ZstdDecompressor()
+    with open(path, "rb") as file:
+        for start, size in zip(range(0, R, 8), sizes.tolist(), strict=True):  # 8 frames a chunk, channel last
+            data, n = file.read(size), min(8, R - start)
+            try:
+                if zstandard.frame_content_size(data) != n * 96 * 96 * 3:
+                    raise zstandard.ZstdError(f"chunk {start // 8} has another size than {n} frames")
+                chunk = np.frombuffer(decompressor.decompress(data), np.uint8).reshape(n, 96, 96, 3)
+            except (zstandard.ZstdError, ValueError) as error:
+                raise SystemExit(f"error: {path} cannot be unpacked ({error}); make the folder again") from None
+            replay.frames[start : start + n] = torch.tensor(chunk).permute(0, 3, 1, 2).to(device)
     replay.action[:], replay.reward[:], replay.acted[:] = steps["action"], steps["reward"], steps["acted"]
     replay.end[:] = LIFE_LOST * steps["life_lost"] + GAME_OVER * steps["terminated"] + TIME_LIMIT * steps["truncated"]
-    starts = np.ones(meta["rows"], bool)  # an episode starts after an end or after a row that was not acted on
+    starts = np.ones(R, bool)  # an episode starts after an end or after a row that was not acted on
     starts[1:] = (replay.end[:-1] > 0) & replay.acted[1:] | ~replay.acted[:-1]
-    rows = np.arange(meta["rows"])
+    rows = np.arange(R)
     replay.age[:] = rows - np.maximum.accumulate(np.where(starts, rows, 0))
     replay.priority[:] = replay.acted
     return replay, meta
@@ -262,20 +356,60 @@ class Task(NamedTuple):
 
 
 # Copied from distill.py
+def targets_meta(folder):
+    """The targets.json of a teacher's run folder, whose files are there and undamaged; exits with one line if not."""
+    fields = {"rows": int, "num_simulations": int, "dataset": str}
+    meta = model.load_manifest(f"{folder}/targets.json", "xtra-targets-1", fields)
+    if meta["rows"] < 1 or not 1 <= meta["num_simulations"] < 2**16:
+        raise SystemExit(
+            f"error: {folder}/targets.json has rows or num_simulations out of range; run the teacher again"
+        )
+    return meta
+
+
+# Copied from distill.py
 def load_task(folder, device):
     """Reads a run folder of pretrain_teacher.py and the dataset that it names -> Task.
 
     Exits with one line if something is missing or damaged, or if teacher and dataset do not belong together.
     """
-    meta = model.load_manifest(f"{folder}/targets.json", "xtra-targets-1")
-    _, checkpoint = model.load_checkpoint(f"{folder}/model.pt")
-    replay, dataset_meta = load_dataset(os.path.join(folder, meta["dataset"]), device)
-    arrays = np.load(f"{folder}/targets.npz", allow_pickle=False)
+    meta = targets_meta(folder)
+    dataset = os.path.join(folder, meta["dataset"])
+    env_id, rows = dataset_meta(dataset)["env_id"], meta["rows"]
+    arrays = {"visits": (np.uint16, (rows, 18)), "value": (np.float32, (rows,))}
+    arrays = model.load_arrays(f"{folder}/targets.npz", arrays)
+    replay = load_dataset(dataset, device)[0]
+    score = model.load_model(f"{folder}/model.pt")[1]["counters"].get("scores", {}).get(env_id)
+    searched = (arrays["visits"].sum(axis=1, dtype=np.int64) == meta["num_simulations"]).all()
+    if replay.size != rows or type(score) is not float or not (searched and np.isfinite(arrays["value"]).all()):
+        raise SystemExit(f"error: {folder} does not fit its dataset {dataset} ({env_id}); run the teacher again")
     replay.policy[:] = arrays["visits"] / meta["num_simulations"]
     replay.value[:] = arrays["value"]
-    env_id = dataset_meta["env_id"]
-    score = checkpoint["counters"]["scores"][env_id]
     return Task(env_id, score, replay)
+
+
+# Copied from pretrain_teacher.py
+def replay_state(replay, version):
+    """What a checkpoint keeps of a replay: priorities, and the targets of `version`, the current target network. Older
+    targets are never read again; frames, actions and rewards come back from the dataset or the game."""
+    fresh = np.flatnonzero(replay.value_version[: replay.size] == version)  # [n]
+    names = ("policy", "value", "policy_version", "value_version")
+    targets = {name: torch.from_numpy(getattr(replay, name)[fresh]) for name in names}
+    return targets | {"fresh": torch.from_numpy(fresh), "priority": torch.from_numpy(replay.priority[: replay.size])}
+
+
+# Copied from pretrain_teacher.py
+def restore_replay(replay, state):
+    """Puts back what `replay_state` kept; exits with one line if it is not of this replay."""
+    try:
+        for name in ("policy", "value", "policy_version", "value_version"):
+            getattr(replay, name)[state["fresh"].numpy()] = state[name].numpy()
+        replay.priority[: replay.size] = state["priority"].numpy()
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+        raise SystemExit(f"error: the checkpoint has another replay ({error}); was its dataset exchanged?") from None
+    acted, priority = replay.acted[: replay.size], replay.priority[: replay.size]
+    if not (np.isfinite(priority).all() and ((priority > 0) == acted).all()):
+        raise SystemExit("error: the checkpoint has priorities that are not finite and above 0; start the run anew")
 
 
 # Copied from pretrain_teacher.py
@@ -354,11 +488,12 @@ def td_steps_by_age(age, total_timesteps, td_steps):
 
 
 # Copied from pretrain_teacher.py
-def run_search(net, obs, legal, num_simulations, rng, noise):
+def run_search(net, env_id, obs, legal, num_simulations, rng, noise):
     """Searches from obs uint8 [n, 12, 96, 96] with legal [n, A] -> SearchResult, value head at the roots [n].
 
     net: an `inference_copy`. num_simulations 0: the policy head stands for the visits. noise: whether to mix Dirichlet
-    noise into the root priors (self-play and reanalyze).
+    noise into the root priors (self-play and reanalyze). Raises `FloatingPointError(what, tensors)`, with env_id
+    in `what`, if the network says something that is not finite.
     """
     autocast = torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.device.type == "cuda")
     with torch.no_grad(), autocast:
@@ -373,18 +508,18 @@ def run_search(net, obs, legal, num_simulations, rng, noise):
             latent, lstm_state, prefix, policy, value = net.recurrent_inference(latent, action, lstm_state)
             return latent, lstm_state, model.support_to_scalar(prefix), model.support_to_scalar(value), policy
 
-        result = mcts.search(
-            *(recurrent, latent, policy_logits, legal, num_simulations),
-            lstm_size=net.config.lstm_size,
-            noise=mcts.dirichlet_noise(rng, legal) if noise else None,
-            seeds=rng.integers(1, 2**63, len(legal), dtype=np.uint64),
-            threads=min(8, os.cpu_count()) if obs.is_cuda else 1,
-        )
+        options = {"lstm_size": net.config.lstm_size, "threads": min(8, os.cpu_count()) if obs.is_cuda else 1}
+        options["noise"] = mcts.dirichlet_noise(rng, legal) if noise else None
+        options["seeds"] = rng.integers(1, 2**63, len(legal), dtype=np.uint64)
+        try:
+            result = mcts.search(recurrent, latent, policy_logits, legal, num_simulations, **options)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"the search of {env_id} ({error})", {"obs": obs}) from None
     return result, value
 
 
 # Copied from pretrain_teacher.py
-def reanalyze(net, version, replay, targets, legal, num_simulations, rng):
+def reanalyze(net, version, env_id, replay, targets, legal, num_simulations, rng):
     """Brings the stored policies and values that a batch needs up to `net`, the `version`-th target network.
 
     Policies are searched with noise, values are the value head (a search's root value is an option of the released
@@ -396,7 +531,8 @@ def reanalyze(net, version, replay, targets, legal, num_simulations, rng):
     result = None
     if len(states):
         legal = np.repeat(legal[None], len(states), 0)
-        result, replay.value[states] = run_search(net, stack_frames(replay, states), legal, num_simulations, rng, True)
+        obs = stack_frames(replay, states)
+        result, replay.value[states] = run_search(net, env_id, obs, legal, num_simulations, rng, noise=True)
         replay.policy[states] = result.visits / num_simulations
         replay.policy_version[states] = replay.value_version[states] = version
     states = targets.bootstrap_rows[targets.bootstrap_discount > 0]
@@ -538,20 +674,21 @@ def learning_rate_at(update, total, base):
 
 # --- evaluation ---
 # Copied from pretrain_teacher.py
-def evaluate(net, env_id, episodes, max_frames, num_simulations, device, movie=None):
+def evaluate(net, env_id, episodes, max_frames, num_simulations, device, movie=None, interrupted=()):
     """Plays `episodes` whole games side by side (seeds 0, 1, ..., full lives, no noise, the most visited action or the
     lowest of several) -> raw returns [episodes], lengths in environment steps [episodes].
 
-    num_simulations 0 acts on the policy head alone. movie: a list that gets the first game's frames.
+    num_simulations 0 acts on the policy head alone. movie: a list that gets the first game's frames. interrupted: a
+    list; the games stop, and the results mean nothing, once something is in it.
     """
     envs, rng = make_envs(env_id, episodes, life_loss_ends=False), np.random.default_rng(0)
     legal = np.repeat(legal_actions(env_id)[None], episodes, 0)  # [E, A]
     frames = envs.reset(seed=0)[0].reshape(episodes, 96, 96, 3)
     stack = torch.as_tensor(frames).permute(0, 3, 1, 2).repeat(1, 4, 1, 1).to(device)  # [E, 12, 96, 96]
     returns, lengths, active = np.zeros(episodes), np.zeros(episodes, np.int64), np.arange(episodes)
-    while len(active):
+    while len(active) and not interrupted:
         action = np.zeros(episodes, np.int64)  # finished games leave the search; their actions do not matter
-        result, _ = run_search(net, stack[active], legal[active], num_simulations, rng, noise=False)
+        result, _ = run_search(net, env_id, stack[active], legal[active], num_simulations, rng, noise=False)
         action[active] = result.visits.argmax(axis=1)
         if movie is not None and 0 in active:
             movie.append(frames[0].copy())
@@ -566,18 +703,13 @@ def evaluate(net, env_id, episodes, max_frames, num_simulations, device, movie=N
 
 
 # Copied from pretrain_teacher.py
-def log_evaluation(run_dir, writer, env_id, env_steps, updates, returns, lengths, suffix=""):
-    """Appends one line per game to evaluations.csv and the means to TensorBoard."""
-    path, text = f"{run_dir}/evaluations.csv", "env_steps,updates,episode,return,length,env_id\n"
-    if os.path.exists(path):
-        with open(path) as file:
-            text = file.read()
-    for i, (score, length) in enumerate(zip(returns.tolist(), lengths.tolist(), strict=True)):
-        text += f"{env_steps},{updates},{i},{score},{length},{env_id}\n"
-    model.write_file(path, lambda file: file.write(text.encode()))
+def log_evaluation(writer, env_id, env_steps, updates, returns, lengths, suffix=""):
+    """The means to TensorBoard and the terminal -> one line per game for evaluations.csv."""
     writer.add_scalar("eval/episodic_return" + suffix, returns.mean(), updates)
     writer.add_scalar("eval/episodic_length" + suffix, lengths.mean(), updates)
     tqdm.write(f"updates={updates}, env_id={env_id}, evaluation return={returns.mean():.1f} (std {returns.std():.1f})")
+    games = enumerate(zip(returns.tolist(), lengths.tolist(), strict=True))
+    return "".join(f"{env_steps},{updates},{i},{score},{length},{env_id}\n" for i, (score, length) in games)
 
 
 def save_gif(path, frames):
@@ -604,8 +736,15 @@ def check_args(args, may_be_zero=()):
         lowest = 2 if name in ("batch_size", "channels") else lowest  # for batch norm and the first convolution
         if isinstance(value, int | float) and not isinstance(value, bool) and not lowest <= value < float("inf"):
             raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {lowest} or more")
-    if args.run_dir and (os.path.isfile(args.run_dir) or os.path.exists(f"{args.run_dir}/evaluations.csv")):
-        raise SystemExit(f"error: --run-dir {args.run_dir} holds a run already, or is a file; choose another folder")
+    if args.resume and not args.run_dir:
+        raise SystemExit("error: --resume needs the --run-dir that it is to continue; give both")
+    found = [name for name in ("checkpoint.pt", "evaluations.csv") if os.path.exists(f"{args.run_dir}/{name}")]
+    if args.run_dir and (os.path.isfile(args.run_dir) or found and not args.resume):
+        hint = "continue it with --resume, or choose another folder"
+        raise SystemExit(f"error: --run-dir {args.run_dir} holds a run already, or is a file; {hint}")
+    if args.resume and found == ["evaluations.csv"]:
+        hint = "put its checkpoint.pt back, or choose another folder"
+        raise SystemExit(f"error: --run-dir {args.run_dir} holds a run without a checkpoint; {hint}")
 
 
 def load_networks(args, device):
@@ -617,7 +756,7 @@ def load_networks(args, device):
     if args.pretrained is None:
         config = model.ModelConfig.of_width(args.channels or 64, args.blocks or 1)
         return model.EfficientZeroNet(config).to(device), args.teachers
-    pretrained, checkpoint = model.load_checkpoint(f"{args.pretrained}/model.pt", device)
+    pretrained, checkpoint = model.load_model(f"{args.pretrained}/model.pt", device)
     for name in ("channels", "blocks"):
         found, asked = getattr(pretrained.config, name), getattr(args, name)
         if asked not in (None, found):
@@ -646,11 +785,16 @@ if __name__ == "__main__":
         raise SystemExit("error: --similarity-updates must be less than --similarity-interval; lower it")
     if args.teachers and not args.cross_task:
         raise SystemExit("error: --teachers are not used with --no-cross-task; leave one of the two out")
-    if args.save_dataset and os.path.exists(args.save_dataset):
-        raise SystemExit(f"error: --save-dataset {args.save_dataset} exists; choose a new folder")
     if (args.freeze_representation or args.transfer != "hgf") and not args.pretrained:
         raise SystemExit("error: --freeze-representation and --transfer need --pretrained; give its folder")
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    interrupted = model.catch_signals()  # gets an entry when the run shall stop
+    checkpoint = model.load_checkpoint(args)
+    training = args.total_timesteps > 0
+    total_updates = args.total_timesteps + args.extra_updates if training else 0
+    finished = checkpoint is not None and checkpoint["values"]["updates"] == total_updates
+    if args.save_dataset and os.path.exists(args.save_dataset) and not finished:
+        raise SystemExit(f"error: --save-dataset {args.save_dataset} exists; choose a new folder")
 
     # TRY NOT TO MODIFY: seeding
     torch.manual_seed(args.seed)
@@ -661,158 +805,194 @@ if __name__ == "__main__":
     # agent and data setup
     legal = legal_actions(args.env_id)  # [A]
     net, teachers = load_networks(args, device)
-    training = args.total_timesteps > 0
-    tasks = [load_task(folder, device) for folder in teachers] if args.cross_task and training else []
-    m = len(tasks)
-    env_ids = [task.env_id for task in tasks]
-    if args.env_id in env_ids:
-        raise SystemExit(f"error: --env-id {args.env_id} is one of the offline games; choose a game that is not")
+    teachers = teachers if args.cross_task and training else ()
+    m = len(teachers)
     if m and args.offline_batch_size % m:
         raise SystemExit(f"error: --offline-batch-size {args.offline_batch_size} is not a multiple of the {m} games")
     share = args.offline_batch_size // m if m else 0
+    replay_rows = args.total_timesteps * 9 // 8 + 2 * args.num_envs  # the last frame of each game has a row too
+    sizes = {"rows": replay_rows + sum(targets_meta(folder)["rows"] for folder in teachers)}
+    sizes |= {"samples": args.batch_size + m * share, "roots": args.batch_size * (args.unroll_steps + 1)}
+    sizes["disk"] = replay_rows * 1_200 if args.save_dataset else 0  # bytes of a compressed frame, at most
+    run_name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = args.run_dir or f"runs/{run_name}"
+    model.check_memory(device, run_dir, net.config, num_simulations=args.num_simulations, **sizes)
+    tasks = [load_task(folder, device) for folder in teachers]
+    env_ids = [task.env_id for task in tasks]
+    if args.env_id in env_ids:
+        raise SystemExit(f"error: --env-id {args.env_id} is one of the offline games; choose a game that is not")
     for task in tasks:
         if np.count_nonzero(task.replay.acted) < share:
             raise SystemExit(f"error: {task.env_id}'s dataset has fewer than {share} steps; lower --offline-batch-size")
 
-    run_name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = args.run_dir or f"runs/{run_name}"
-    writer = make_writer(args, run_name, run_dir)
     net = net.to(memory_format=torch.channels_last).train()
     if args.freeze_representation:
         net.representation.requires_grad_(False).eval()  # its batch norm statistics stay too
     parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4)
-    self_play_net = target_net = next_target_net = model.inference_copy(net)
-    total_updates = args.total_timesteps + args.extra_updates if training else 0
+    self_play_net, target_net, next_target_net = (model.inference_copy(net) for _ in range(3))
+    sample_names = np.repeat([args.env_id, *env_ids], [args.batch_size] + m * [share])  # [B + m * share]
     log_every = max(1, min(100, args.total_timesteps // 100))  # updates
     eta = torch.ones(m, device=device)  # task weights
     similar, measured = torch.zeros(m, device=device), 0  # counters of one measurement
 
     # env setup
-    envs = make_envs(args.env_id, args.num_envs, life_loss_ends=True)
-    replay = Replay(args.total_timesteps * 9 // 8 + 2 * args.num_envs, args.num_envs, device)
-    frames = envs.reset(seed=1000 * args.seed % 2_000_000_000)[0].reshape(args.num_envs, 96, 96, 3)  # seeds + 0, 1, ...
-    add_frames(replay, frames, age=np.zeros(args.num_envs))
-    over = np.zeros(args.num_envs, bool)  # the newest frame is a game's last one, and the next step only resets
-    game_return, game_length = np.zeros(args.num_envs), np.zeros(args.num_envs, np.int64)
+    envs, has_lives = make_envs(args.env_id, args.num_envs, life_loss_ends=True), atari_rom(args.env_id) is not None
+    replay = Replay(replay_rows, args.num_envs, device)
+    games = start_games(envs, replay, seed=1000 * args.seed % 2_000_000_000)
+    env_steps = updates = 0
+    evaluated, scores = -1, {}  # evaluated: when the last evaluation was, in updates
+    evaluations = "env_steps,updates,episode,return,length,env_id\n"
+
+    # the run folder, and if the run goes on, all that it had
+    lock = model.lock_folder(run_dir)
+    inputs = [model.sha256(f"{folder}/targets.json") for folder in teachers]
+    if checkpoint:
+        parts = {"net": net, "self_play": self_play_net, "target": target_net, "next_target": next_target_net}
+        parts |= {"optimizer": optimizer, "rng": rng, "generator": generator}
+        kinds = {"updates": int, "evaluated": int, "scores": dict, "evaluations": str, "measured": int}
+        kinds |= {"eta": (m,), "similar": (m,), "actions": torch.Tensor, "checksum": str}
+        values = model.restore(run_dir, checkpoint, inputs, parts, **kinds)
+        updates, evaluated, scores, evaluations, measured, eta, similar, actions, checksum = values
+        eta, similar = eta.to(device), similar.to(device)
+        env_steps = replay_games(envs, replay, games, actions, checksum, args.total_timesteps, has_lives)
+        for memory, state in zip([replay, *[task.replay for task in tasks]], checkpoint["replays"], strict=True):
+            restore_replay(memory, state)
+    if args.resume:
+        model.rewind_events(run_dir, checkpoint)
 
     # TRY NOT TO MODIFY: start the game
-    env_steps = updates = 0
-    start_time = time.time()
-    bar = tqdm(total=total_updates, unit="update", dynamic_ncols=True)
-    while True:
-        if updates % args.eval_every == 0 or updates == total_updates:
-            movie = [] if args.capture_video else None
-            settings = args.eval_episodes, args.eval_max_frames, args.num_simulations
-            returns, lengths = evaluate(model.inference_copy(net), args.env_id, *settings, device, movie)
-            log_evaluation(run_dir, writer, args.env_id, env_steps, updates, returns, lengths)
-            counters = {"updates": updates, "env_steps": env_steps, "scores": {args.env_id: float(returns.mean())}}
-            saved_args = vars(args) | {"teachers": [os.path.relpath(folder, run_dir) for folder in teachers]}
-            model.save_checkpoint(f"{run_dir}/model.pt", net, saved_args, [args.env_id, *env_ids], counters)
-            bar.set_postfix(eval_return=f"{returns.mean():.1f}")
-            if movie:
-                save_gif(f"{run_dir}/video-{updates}.gif", movie)
-        if updates == total_updates:
-            break
+    start_time, start_steps = time.time(), env_steps
+    bar = tqdm(total=total_updates, initial=updates, unit="update", dynamic_ncols=True)
+    with bar, model.one_line_errors(run_dir, bar):
+        writer = make_writer(args, run_name, run_dir)
+        while True:
+            last = updates == total_updates
+            if (last or updates % args.eval_every == 0) and evaluated < updates:
+                movie = [] if args.capture_video else None
+                settings = args.eval_episodes, args.eval_max_frames, args.num_simulations, device, movie, interrupted
+                returns, lengths = evaluate(model.inference_copy(net), args.env_id, *settings)
+                if not interrupted:
+                    evaluations += log_evaluation(writer, args.env_id, env_steps, updates, returns, lengths)
+                    evaluated, scores = updates, {args.env_id: float(returns.mean())}
+                    bar.set_postfix(eval_return=f"{returns.mean():.1f}")
+                    if movie:
+                        save_gif(f"{run_dir}/video-{updates}.gif", movie)
+            if interrupted or evaluated == updates or updates % args.checkpoint_every == 0:
+                writer.flush()
+                parts = {"net": net, "self_play": self_play_net, "target": target_net, "next_target": next_target_net}
+                parts |= {"optimizer": optimizer, "rng": rng, "generator": generator}
+                memories = [replay, *[task.replay for task in tasks]]
+                states = [replay_state(memory, max(1, updates // 200)) for memory in memories]
+                values = {"updates": updates, "evaluated": evaluated, "scores": scores, "evaluations": evaluations}
+                values |= {"measured": measured, "eta": eta, "similar": similar}
+                actions = replay.action[: replay.size - args.num_envs].reshape(-1, args.num_envs).astype(np.uint8)
+                values |= {"actions": torch.from_numpy(actions), "checksum": games.checksum.hexdigest()}
+                keep_going = not (last or interrupted)
+                saved = model.save_checkpoint(run_dir, args, inputs, parts, states, values, keep_going)
+            if evaluated == updates and saved:
+                model.write_file(f"{run_dir}/evaluations.csv", evaluations.encode(), keep_going=not last)
+                saved_args = vars(args) | {"teachers": [os.path.relpath(folder, run_dir) for folder in teachers]}
+                counters = {"updates": updates, "env_steps": env_steps, "scores": scores}
+                agent = net, saved_args, [args.env_id, *env_ids], counters
+                model.save_model(f"{run_dir}/model.pt", *agent, keep_going=not last)
+            if last or interrupted:
+                break
 
-        while env_steps < args.total_timesteps and env_steps < max(args.learning_starts, updates + 1):
-            # ALGO LOGIC: put action logic here
-            rows = np.arange(replay.size - args.num_envs, replay.size)  # the newest frame of each environment
-            if args.pretrained is None and env_steps < args.learning_starts:
-                action = rng.choice(np.flatnonzero(legal), args.num_envs)
-            else:
-                legal_rows = np.repeat(legal[None], args.num_envs, 0)
-                obs = stack_frames(replay, rows)
-                result, _ = run_search(self_play_net, obs, legal_rows, args.num_simulations, rng, noise=True)
-                action = select_actions(result.visits, temperature_at(updates, args.total_timesteps), rng)
-                if env_steps % (log_every * args.num_envs) < args.num_envs:
-                    log_search(writer, result, env_steps)
+            wanted = min(args.total_timesteps, max(args.learning_starts, updates + 1))  # environment steps
+            while env_steps < wanted and not interrupted:
+                # ALGO LOGIC: put action logic here
+                if args.pretrained is None and env_steps < args.learning_starts:
+                    action = rng.choice(np.flatnonzero(legal), args.num_envs)
+                else:
+                    obs = stack_frames(replay, np.arange(replay.size - args.num_envs, replay.size))
+                    legal_rows = np.repeat(legal[None], args.num_envs, 0)
+                    settings = obs, legal_rows, args.num_simulations, rng
+                    result, _ = run_search(self_play_net, args.env_id, *settings, noise=True)
+                    action = select_actions(result.visits, temperature_at(updates, args.total_timesteps), rng)
+                    if env_steps % (log_every * args.num_envs) < args.num_envs:
+                        log_search(writer, result, env_steps)
 
-            # TRY NOT TO MODIFY: execute the game and log data.
-            frames, reward, terminated, truncated, info = envs.step(action)
-            lives = info["lives"] if atari_rom(args.env_id) else np.zeros(args.num_envs)
-            end = np.select([truncated, terminated & (lives > 0), terminated], [TIME_LIMIT, LIFE_LOST, GAME_OVER], 0)
-            acted = ~over  # the step after a game's last frame only resets: its action and reward are void
-            acted &= env_steps + np.cumsum(acted) <= args.total_timesteps
-            replay.action[rows], replay.reward[rows], replay.acted[rows] = action, reward, acted
-            replay.end[rows], replay.stored_at[rows] = end * acted, env_steps + np.cumsum(acted) - 1
-            replay.priority[rows] = acted * (replay.priority[: replay.size].max() or 1.0)  # the current maximum
-            age = np.where(over | (end == LIFE_LOST), 0, replay.age[rows] + 1)
-            add_frames(replay, frames.reshape(args.num_envs, 96, 96, 3), age)
-            env_steps += int(acted.sum())
-            game_return, game_length = game_return + reward * acted, game_length + acted
-            over = ~over & np.isin(end, (GAME_OVER, TIME_LIMIT))
-            for env in np.flatnonzero(over):
-                writer.add_scalar("charts/episodic_return", game_return[env], env_steps)
-                writer.add_scalar("charts/episodic_length", game_length[env], env_steps)
-                game_return[env] = game_length[env] = 0
+                # TRY NOT TO MODIFY: execute the game and log data.
+                env_steps = play(envs, replay, games, action, env_steps, args.total_timesteps, has_lives)
+                for env in np.flatnonzero(games.over):
+                    writer.add_scalar("charts/episodic_return", games.score[env], env_steps)
+                    writer.add_scalar("charts/episodic_length", games.length[env], env_steps)
+            if interrupted:
+                continue
 
-        # ALGO LOGIC: training.
-        if updates % 100 == 0:
-            self_play_net = model.inference_copy(net)
-        if updates % 200 == 0:  # the target network is the network of 200 to 400 updates ago
-            target_net, next_target_net = next_target_net, model.inference_copy(net)
-        beta = 0.4 + 0.6 * min(1.0, updates / (1.2 * args.total_timesteps))
-        rows, weight = sample(replay, args.batch_size, beta, rng)
-        td_steps = td_steps_by_age(env_steps - replay.stored_at[rows], args.total_timesteps, args.td_steps)
-        targets = make_targets(replay, rows, td_steps, args.unroll_steps)
-        reanalyze(target_net, max(1, updates // 200), replay, targets, legal, args.num_simulations, rng)
-        drawn, batches = [], [make_batch(replay, targets, weight, rng, generator)]
-        for task in tasks:
-            settings = args.unroll_steps, args.td_steps, beta, rng, generator
-            task_rows, task_batch = teacher_batch(task, share, *settings)
-            drawn.append(task_rows)
-            batches.append(task_batch)
-        batch = Batch(*[torch.cat(tensors) for tensors in zip(*batches, strict=True)])  # [B + m * share, ...]
+            # ALGO LOGIC: training.
+            if updates % 100 == 0:
+                self_play_net = model.inference_copy(net)
+            if updates % 200 == 0:  # the target network is the network of 200 to 400 updates ago
+                target_net, next_target_net = next_target_net, model.inference_copy(net)
+            beta = 0.4 + 0.6 * min(1.0, updates / (1.2 * args.total_timesteps))
+            rows, weight = sample(replay, args.batch_size, beta, rng)
+            td_steps = td_steps_by_age(env_steps - replay.stored_at[rows], args.total_timesteps, args.td_steps)
+            targets = make_targets(replay, rows, td_steps, args.unroll_steps)
+            settings = args.env_id, replay, targets, legal, args.num_simulations, rng
+            reanalyze(target_net, max(1, updates // 200), *settings)
+            drawn, batches = [], [make_batch(replay, targets, weight, rng, generator)]
+            for task in tasks:
+                settings = args.unroll_steps, args.td_steps, beta, rng, generator
+                task_rows, task_batch = teacher_batch(task, share, *settings)
+                drawn.append(task_rows)
+                batches.append(task_batch)
+            batch = Batch(*[torch.cat(tensors) for tensors in zip(*batches, strict=True)])  # [B + m * share, ...]
 
-        # One forward over the mixed batch: batch norm sees half target game, half offline games.
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            total, terms, priority = unroll_loss(net, batch)
-        weighted = batch.weight * total / args.unroll_steps
-        target_loss = weighted[: args.batch_size].mean()
-        task_losses = weighted[args.batch_size :].view(m, share).mean(dim=1)  # [m]
-        if m and args.task_weights and updates >= args.similarity_start:
-            phase = updates % args.similarity_interval
-            if phase < args.similarity_updates:
-                cosines = gradient_cosines(target_loss, task_losses, parameters)
-                similar, measured = similar + (cosines > args.similarity_threshold), measured + 1
-                for env_id, cosine in zip(env_ids, cosines.tolist(), strict=True):
-                    writer.add_scalar(f"transfer/grad_cosine/{env_id}", cosine, updates)
-            if phase == args.similarity_updates and measured:
-                eta, similar, measured = similar / measured, torch.zeros(m, device=device), 0
-        loss = combine_losses(target_loss, task_losses, eta, args.paper_loss)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(updates, args.total_timesteps, args.learning_rate)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 5.0)
-        optimizer.step()
-        priority = priority.cpu().numpy()
-        replay.priority[rows] = priority[: args.batch_size]
-        for task, task_rows, new in zip(tasks, drawn, priority[args.batch_size :].reshape(m, share), strict=True):
-            task.replay.priority[task_rows] = new
+            # One forward over the mixed batch: batch norm sees half target game, half offline games.
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                total, terms, priority = unroll_loss(net, batch)
+            weighted = batch.weight * total / args.unroll_steps
+            target_loss = weighted[: args.batch_size].mean()
+            task_losses = weighted[args.batch_size :].view(m, share).mean(dim=1)  # [m]
+            if m and args.task_weights and updates >= args.similarity_start:
+                phase = updates % args.similarity_interval
+                if phase < args.similarity_updates:
+                    cosines = gradient_cosines(target_loss, task_losses, parameters)
+                    similar, measured = similar + (cosines > args.similarity_threshold), measured + 1
+                    for env_id, cosine in zip(env_ids, cosines.tolist(), strict=True):
+                        writer.add_scalar(f"transfer/grad_cosine/{env_id}", cosine, updates)
+                if phase == args.similarity_updates and measured:
+                    eta, similar, measured = similar / measured, torch.zeros(m, device=device), 0
+            loss = combine_losses(target_loss, task_losses, eta, args.paper_loss)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(updates, args.total_timesteps, args.learning_rate)
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.get_total_norm([x.grad for x in parameters if x.grad is not None])
+            model.check_finite(loss, norm, terms, sample_names, net, batch)
+            torch.nn.utils.clip_grads_with_norm_(parameters, 5.0, norm)
+            optimizer.step()
+            priority = priority.cpu().numpy()
+            replay.priority[rows] = priority[: args.batch_size]
+            for task, task_rows, new in zip(tasks, drawn, priority[args.batch_size :].reshape(m, share), strict=True):
+                task.replay.priority[task_rows] = new
 
-        if updates % log_every == 0:
-            writer.add_scalar("losses/loss", loss.item() * args.unroll_steps, updates)
-            for name, term in terms.items():
-                writer.add_scalar(f"losses/{name}_loss", term[: args.batch_size].mean().item(), updates)
-                means = term[args.batch_size :].view(m, share).mean(dim=1).tolist()
-                for env_id, mean in zip(env_ids, means, strict=True):
-                    writer.add_scalar(f"losses/{name}_loss/{env_id}", mean, updates)
-            for env_id, weight in zip(env_ids, eta.tolist(), strict=True):
-                writer.add_scalar(f"transfer/task_weight/{env_id}", weight, updates)
-            writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], updates)
-            writer.add_scalar("charts/beta", beta, updates)
-            writer.add_scalar("charts/temperature", temperature_at(updates, args.total_timesteps), updates)
-            writer.add_scalar("charts/updates", updates, env_steps)
-            writer.add_scalar("charts/SPS", int(env_steps / (time.time() - start_time)), updates)
-        updates += 1
-        bar.update()
-    bar.close()
-
+            if updates % log_every == 0:
+                writer.add_scalar("losses/loss", loss.item() * args.unroll_steps, updates)
+                for name, term in terms.items():
+                    writer.add_scalar(f"losses/{name}_loss", term[: args.batch_size].mean().item(), updates)
+                    means = term[args.batch_size :].view(m, share).mean(dim=1).tolist()
+                    for env_id, mean in zip(env_ids, means, strict=True):
+                        writer.add_scalar(f"losses/{name}_loss/{env_id}", mean, updates)
+                for env_id, weight in zip(env_ids, eta.tolist(), strict=True):
+                    writer.add_scalar(f"transfer/task_weight/{env_id}", weight, updates)
+                writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], updates)
+                writer.add_scalar("charts/beta", beta, updates)
+                writer.add_scalar("charts/temperature", temperature_at(updates, args.total_timesteps), updates)
+                writer.add_scalar("charts/updates", updates, env_steps)
+                speed = (env_steps - start_steps) / (time.time() - start_time)
+                writer.add_scalar("charts/SPS", int(speed), updates)
+            updates += 1
+            bar.update()
+        writer.close()
     envs.close()
-    writer.close()
-    if args.save_dataset:
+
+    if interrupted:
+        print(f"{run_dir}: stopped at update {updates} by {interrupted[0]}. Next: the same command with --resume")
+        sys.exit(model.INTERRUPTED)
+    if args.save_dataset and not os.path.exists(args.save_dataset):
         versions = {name: version(name) for name in ("ale-py", "gymnasium", "numpy", "torch")}
         settings = {"frame": [96, 96, 3], "frameskip": 4, "sticky_actions": 0.0, "num_envs": args.num_envs}
         rom = atari_rom(args.env_id)

@@ -11,19 +11,31 @@ tensors out, alike in train and eval mode and on any device.
 code agrees with it, and the released code where not (docs/finetune.md lists each place).
 """
 
+import contextlib
 import copy
 import dataclasses
+import fcntl
 import hashlib
+import io
 import json
+import math
 import os
+import pathlib
+import shutil
+import signal
+import sys
+import threading
+import zipfile
 from dataclasses import dataclass
 
+import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-CHECKPOINT_FORMAT = "xtra-checkpoint-1"
+MODEL_FORMAT, CHECKPOINT_FORMAT = "xtra-model-2", "xtra-checkpoint-2"
 
 
 @dataclass(frozen=True)
@@ -243,9 +255,11 @@ def scale_gradient(x, factor):
 def inference_copy(net):
     """A frozen copy in eval mode with each batch norm folded into the convolution or linear layer before it.
 
-    Same outputs to float rounding, half the kernels; the search calls this one. The copy does not follow `net`.
+    Same outputs to float rounding, half the kernels; the search calls this one. The copy does not follow `net`, and has
+    no projector and predictor.
     """
     net = copy.deepcopy(net).eval().requires_grad_(False)
+    net.projector = net.predictor = None
     for layers in [module for module in net.modules() if isinstance(module, nn.Sequential)]:
         for i in range(len(layers) - 1):
             if isinstance(layers[i], nn.Conv2d) and isinstance(layers[i + 1], nn.BatchNorm2d):
@@ -279,22 +293,32 @@ def augment(obs, generator):
 
 
 # --- files ---
-def write_file(path, write):
-    """Calls `write(file)` on a temporary file beside `path`, then renames it: `path` is whole, or as it was before.
+def write_file(path, content, keep_going=False):
+    """Writes a temporary file beside `path`, then renames it: `path` is whole, or as it was before.
 
-    Exits with one line when the disk is full or the folder cannot be written, and leaves nothing behind.
+    content: bytes, or a function that writes to an open file. A full disk or a folder that cannot be written leaves
+    nothing behind and exits with one line; with keep_going (for what a later write replaces anyway) it is a warning and
+    the result False.
     """
     temporary = f"{path}.tmp"
     try:
-        with open(temporary, "wb") as file:
-            write(file)
+        with open(temporary, "w+b") as file:
+            file.write(content) if isinstance(content, bytes) else content(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        os.fsync(folder)  # the new name survives a power failure too
+        os.close(folder)
+        return True
+    except OSError as error:
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise SystemExit(f"error: {path} could not be written ({error}); free space or choose another folder") from None
+        problem = f"{path} could not be written ({error.strerror or error}); free space or choose another folder"
+        if not keep_going:
+            raise SystemExit(f"error: {problem}") from None
+        print(f"\nwarning: {problem}. The file is as it was, and the run goes on", file=sys.stderr)
+        return False
 
 
 def sha256(path):
@@ -307,28 +331,34 @@ def write_manifest(path, format, fields, files):
     digests = {name: sha256(os.path.join(os.path.dirname(path), name)) for name in files}
     manifest = {"format": format, **fields, "sha256": digests}
     manifest["checksum"] = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-    write_file(path, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+    write_file(path, json.dumps(manifest, indent=1).encode())
 
 
-def load_manifest(path, format):
+def load_manifest(path, format, fields):
     """Reads what `write_manifest` wrote and checks every file that it names -> dict.
 
-    Exits with one line if a file is missing, damaged, of another format version or not the one that was named.
+    fields: the type that each field must have. Exits with one line if a file is missing, damaged, of another format
+    version or not the one that was named.
     """
     try:
-        with open(path) as file:
-            manifest = json.load(file)
+        with open(path, "rb") as file:
+            text = file.read(1_000_000)
+        manifest = json.loads(text)
+        written_by_us = text == json.dumps(manifest, indent=1).encode()
         checksum, found, digests = manifest.pop("checksum"), manifest["format"], manifest["sha256"]
-        intact = checksum == hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+        intact = written_by_us and checksum == hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
     except OSError as error:
         reason = f"{error.strerror}: expected a folder of format {format}"
         raise SystemExit(f"error: {path} not found or not readable ({reason}); check its name") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         intact = False
     if not intact:
         raise SystemExit(f"error: {path} is damaged (its checksum differs); copy or make its folder again")
     if found != format:
         raise SystemExit(f"error: {path} has format {found!r}, expected {format!r}; make its folder again")
+    if not isinstance(digests, dict) or any(type(manifest.get(name)) is not kind for name, kind in fields.items()):
+        expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in fields.items())
+        raise SystemExit(f"error: {path} lacks a field or has one of another type, expected {expected}; make it again")
     for name, digest in digests.items():
         file = os.path.join(os.path.dirname(path), name)
         if not os.path.isfile(file):
@@ -338,43 +368,331 @@ def load_manifest(path, format):
     return manifest
 
 
-def save_checkpoint(path, net, args, task_ids, counters):
+def save_torch(path, content, keep_going=False):
+    """Writes a dict for `torch.load`, whose zip comment is the sha256 of all bytes before it, and reads it back before
+    it replaces an older file. keep_going and the return value: as of `write_file`."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    data = buffer.getbuffer()
+    data[-2:] = (64).to_bytes(2, "little")  # a zip ends with the length of its comment and the comment
+    digest = hashlib.sha256(data)
+
+    def write(file):
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        file.seek(0)
+        if hashlib.file_digest(file, "sha256").digest() != digest.digest():
+            raise OSError("what was read back is not what was written")
+        file.write(digest.hexdigest().encode())
+
+    return write_file(path, write, keep_going)
+
+
+def load_torch(path, format):
+    """Reads what `save_torch` wrote -> dict, its tensors on the CPU.
+
+    Nothing is unpickled but tensors and plain values, and nothing is larger than the file. Exits with one line if the
+    file is missing, damaged or of another format.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise SystemExit(f"error: {path} not found or not readable ({error.strerror}); check its name") from None
+    if data[-64:] != hashlib.sha256(data[:-64]).hexdigest().encode():
+        raise SystemExit(f"error: {path} is damaged or is no file of this project (its sha256 differs); write it again")
+    try:
+        if sum(entry.file_size for entry in zipfile.ZipFile(io.BytesIO(data)).infolist()) > len(data):
+            raise ValueError("it unpacks to more than its own size")
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        found = content["format"]
+    except Exception as error:  # torch.load answers a foreign file with any of a dozen types
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise SystemExit(f"error: {path} is no {format} ({reason}); write it again") from None
+    if found != format:
+        raise SystemExit(f"error: {path} has format {found!r}, expected {format!r}; write it anew")
+    return content
+
+
+def save_model(path, net, args, task_ids, counters, keep_going=False):
     """Writes the weights and all that is needed to use them without the script.
 
     args: the script's flags as a dict of plain values; task_ids: the games, in order; counters: a dict of numbers
     (updates, env_steps, score, ...).
     """
-    checkpoint = {
-        "format": CHECKPOINT_FORMAT,
-        "model": net.state_dict(),
-        "config": dataclasses.asdict(net.config),
-        "args": args,
-        "task_ids": list(task_ids),
-        "counters": counters,
-    }
-    write_file(path, lambda file: torch.save(checkpoint, file))
+    content = {"format": MODEL_FORMAT, "model": net.state_dict(), "config": dataclasses.asdict(net.config)}
+    save_torch(path, content | {"args": args, "task_ids": list(task_ids), "counters": counters}, keep_going)
 
 
-def load_checkpoint(path, device="cpu"):
-    """Reads what `save_checkpoint` wrote -> (net in eval mode on `device`, the dict without the weights).
+def load_model(path, device="cpu"):
+    """Reads what `save_model` wrote -> (net in eval mode on `device`, the dict without the weights).
 
-    Nothing is unpickled (weights_only) and the weights must match the stored config exactly. Exits with one line if the
-    file is missing, is no checkpoint of this project, is damaged or is of another format version.
+    The weights must be finite and match the stored config exactly. Exits with one line if they do not, and where
+    `load_torch` does.
     """
-    if not os.path.isfile(path):
-        raise SystemExit(f"error: {path} not found: expected the model.pt of a run folder; check the folder's name")
+    content = load_torch(path, MODEL_FORMAT)
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch.load answers a damaged file with any of a dozen types
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SystemExit(f"error: {path} is damaged or is no checkpoint ({reason[:120]}); write it again") from None
-    found = checkpoint.get("format") if isinstance(checkpoint, dict) else type(checkpoint).__name__
-    if found != CHECKPOINT_FORMAT:
-        raise SystemExit(f"error: {path} has format {found!r}, expected {CHECKPOINT_FORMAT!r}; write it anew")
-    try:
-        net = EfficientZeroNet(ModelConfig(**checkpoint["config"])).to(device)
-        net.load_state_dict(checkpoint.pop("model"), strict=True)
-    except (KeyError, TypeError, RuntimeError) as error:
+        config, weights = ModelConfig(**content["config"]), content.pop("model")
+        if not all(type(n) is int and 1 <= n <= 65_536 for n in vars(config).values()) or config.blocks > 64:
+            raise ValueError(f"{config} is out of range")
+        with torch.device("meta"):  # shapes without memory
+            expected = {name: (x.shape, x.dtype) for name, x in EfficientZeroNet(config).state_dict().items()}
+        if expected != {name: (x.shape, x.dtype) for name, x in weights.items()}:
+            raise ValueError("names, shapes or types of the weights differ")
+        if sum(x.numel() * x.element_size() for x in weights.values()) > os.path.getsize(path):
+            raise ValueError("the weights claim more memory than the file has")
+        if not all(x.isfinite().all() for x in weights.values()):
+            raise ValueError("weights are not finite")
+        if [type(content[name]) for name in ("args", "task_ids", "counters")] != [dict, list, dict]:
+            raise ValueError("args, task_ids or counters have another type")
+        net = EfficientZeroNet(config).to(device)
+        net.load_state_dict(weights)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise SystemExit(f"error: {path} does not fit its own config ({reason}); write it again") from None
-    return net.eval(), checkpoint
+    return net.eval(), content
+
+
+def load_arrays(path, expected):
+    """Reads an npz file -> dict of the arrays named in `expected`, {name: (dtype, shape)}.
+
+    Exits with one line if one is missing or other than expected; headers are compared before memory is taken.
+    """
+    arrays = {}
+    try:
+        with zipfile.ZipFile(path) as file:
+            for name, (dtype, shape) in expected.items():
+                if file.getinfo(f"{name}.npy").compress_type != zipfile.ZIP_STORED:
+                    raise ValueError(f"{name} is compressed")
+                with file.open(f"{name}.npy") as entry:
+                    version = np.lib.format.read_magic(entry)
+                    found_shape, fortran_order, found_dtype = np.lib.format.read_array_header_1_0(entry)
+                    if (version, found_dtype, found_shape, fortran_order) != ((1, 0), dtype, shape, False):
+                        raise ValueError(f"{name} is {found_dtype} {found_shape}, expected {dtype} {shape}")
+                    size = math.prod(shape) * np.dtype(dtype).itemsize
+                    arrays[name] = np.frombuffer(entry.read(size), dtype).reshape(shape)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise SystemExit(f"error: {path} is not as its folder says ({reason}); make the folder again") from None
+    return arrays
+
+
+# --- a run that may be interrupted ---
+INTERRUPTED = 75  # exit status "start me again with --resume"; EX_TEMPFAIL of sysexits.h
+
+
+def catch_signals():
+    """From now on SIGINT, SIGTERM and SIGUSR1 only put their name into the list that this returns; the run looks at it
+    after each update. The second SIGINT ends the process at once."""
+    interrupted = []
+
+    def note(number, frame):
+        interrupted.append(signal.Signals(number).name)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        signal.signal(getattr(signal, name), note)
+    return interrupted
+
+
+def lock_folder(folder):
+    """Makes a run folder and locks it until this process ends, however it ends -> the open lock file.
+
+    Exits with one line if the folder cannot be written or if another process holds it.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        lock = open(f"{folder}/lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"error: --run-dir {folder} is in use by another process; wait or choose another") from None
+    except OSError as error:
+        reason = f"{error.strerror}, expected a folder that can be written"
+        raise SystemExit(f"error: --run-dir {folder}: {reason}; choose another") from None
+    for name in os.listdir(folder):
+        if name.endswith(".tmp"):  # of a process that was killed while it wrote
+            os.remove(f"{folder}/{name}")
+    return lock
+
+
+def event_sizes(folder):
+    """{name: bytes} of TensorBoard's files in a run folder, all safely on disk."""
+    sizes = {}
+    for name in sorted(name for name in os.listdir(folder) if name.startswith("events.out.tfevents")):
+        with open(f"{folder}/{name}", "rb") as file:
+            os.fsync(file.fileno())
+            sizes[name] = os.fstat(file.fileno()).st_size
+    return sizes
+
+
+def rewind_events(folder, checkpoint):
+    """Cuts TensorBoard's files back to what they were at a checkpoint, or removes them all if it is None: then they are
+    of a start that was killed before its first one. Exits with one line if one is missing or too short."""
+    sizes, found = checkpoint["events"] if checkpoint else {}, event_sizes(folder)
+    for name, size in sizes.items():
+        if found.get(name, -1) < size:
+            problem = f"{folder}/{name} is missing or shorter than at the checkpoint"
+            raise SystemExit(f"error: {problem}; put it back, or start anew in another --run-dir")
+    for name in found:
+        if name in sizes:
+            os.truncate(f"{folder}/{name}", sizes[name])
+        else:
+            os.remove(f"{folder}/{name}")
+
+
+def save_checkpoint(run_dir, args, inputs, parts, replays, values, keep_going=False):
+    """Writes all that a run needs to go on exactly as if it had not stopped.
+
+    args: the script's Args; inputs: sha256 of what it reads; parts: {name: network, optimizer or generator}; replays:
+    what `replay_state` says of each; values: counters and results, tensors and plain values. keep_going and the
+    return value: as of `write_file`.
+    """
+    states = {}
+    for name, part in parts.items():
+        if isinstance(part, np.random.Generator):
+            states[name] = json.dumps(part.bit_generator.state)
+        else:
+            states[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+    content = {"format": CHECKPOINT_FORMAT, "args": vars(args), "inputs": inputs, "events": event_sizes(run_dir)}
+    content |= {"states": states, "replays": replays, "values": values}
+    return save_torch(f"{run_dir}/checkpoint.pt", content, keep_going)
+
+
+def load_checkpoint(args):
+    """The checkpoint of `--run-dir` -> dict, or None if `--resume` is not asked for or has nothing to continue.
+
+    Exits with one line if a flag changed that makes it another run, and where `load_torch` does.
+    """
+    path = f"{args.run_dir}/checkpoint.pt"
+    if not args.resume or not os.path.exists(path):
+        return None
+    checkpoint = load_torch(path, CHECKPOINT_FORMAT)
+    try:
+        before = {name: checkpoint["args"][name] for name in vars(args)}
+        if type(checkpoint["values"]["updates"]) is not int or not isinstance(checkpoint["replays"], list):
+            raise TypeError("updates or replays")
+    except (KeyError, TypeError) as error:
+        raise SystemExit(f"error: {path} lacks {error}: expected a run of this script; choose another folder") from None
+    may_change = ("run_dir", "resume", "checkpoint_every", "cuda", "track", "wandb_project_name", "wandb_entity")
+    for name, value in vars(args).items():
+        if name not in (*may_change, "capture_video", "save_dataset") and before[name] != value:
+            hint = "give the flags that it was started with, or another --run-dir"
+            raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, but {path} has {before[name]}; {hint}")
+    return checkpoint
+
+
+def restore(run_dir, checkpoint, inputs, parts, **kinds):
+    """Gives `parts` their states of `save_checkpoint` back -> the values named in `kinds`, in that order.
+
+    kinds: {name: type, or shape of a tensor}. Exits with one line if the checkpoint does not fit or if an input file is
+    another one.
+    """
+    path = f"{run_dir}/checkpoint.pt"
+    try:
+        if checkpoint["inputs"] != inputs:
+            raise ValueError("its datasets or teachers were exchanged since")
+        for name, part in parts.items():
+            state = checkpoint["states"][name]
+            if isinstance(part, np.random.Generator):
+                part.bit_generator.state = json.loads(state)
+            elif isinstance(part, torch.Generator):
+                part.set_state(state)
+            else:
+                part.load_state_dict(state)
+            for parameter, momentum in part.state.items() if isinstance(part, torch.optim.Optimizer) else ():
+                if momentum["momentum_buffer"].shape != parameter.shape:
+                    raise ValueError(f"the shapes of {name} differ")
+        values = [checkpoint["values"][name] for name in kinds]
+        for (name, kind), value in zip(kinds.items(), values, strict=True):
+            if tuple(value.shape) != kind if isinstance(kind, tuple) else type(value) is not kind:
+                raise ValueError(f"{name} is {type(value).__name__}, expected {kind}")
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        hint = "start with the same files on the same kind of device, or in another --run-dir"
+        raise SystemExit(f"error: {path} does not fit this run ({reason}); {hint}") from None
+    return values
+
+
+def check_finite(loss, gradient_norm, terms, sample_names, net, batch):
+    """Raises `FloatingPointError(what, tensors)` unless loss and gradient norm are finite.
+
+    what: the first loss term and game, or the first parameter, that is not. terms: {name: [B]}; sample_names [B]: the
+    game of each sample; tensors: the batch (a NamedTuple) and the weights, for a post-mortem.
+    """
+    if torch.isfinite(loss + gradient_norm):
+        return
+    what = "the loss"
+    for name, parameter in net.named_parameters():
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            what = f"the gradient of {name}"
+            break
+    for name, term in terms.items():
+        if not term.isfinite().all():
+            what = f"the {name} loss of {sample_names[int((~term.isfinite()).nonzero()[0])]}"
+            break
+    raise FloatingPointError(what, {"batch": batch._asdict(), "weights": net.state_dict()})
+
+
+@contextlib.contextmanager
+def one_line_errors(run_dir, bar):
+    """Ends the run with one line where a number is not finite or TensorBoard cannot write. bar: counts the updates."""
+    threading.excepthook = lambda _: None  # of TensorBoard's thread; the next `add_scalar` raises its error here
+    try:
+        yield
+    except FloatingPointError as error:
+        what, tensors = error.args
+        path = f"{run_dir}/not_finite.pt"
+        save_torch(path, {"format": "xtra-not-finite-1", "update": bar.n, "what": what, **tensors}, keep_going=True)
+        hint = f"the run before it is in checkpoint.pt; look at {path}, then try a lower --learning-rate"
+        raise SystemExit(f"error: {what} is not finite at update {bar.n}; {hint}") from None
+    except OSError as error:  # its curves would have a hole
+        hint = "free space, then start again with --resume"
+        raise SystemExit(f"error: {run_dir}: TensorBoard's file could not be written ({error}); {hint}") from None
+
+
+def free_memory():
+    """Bytes of RAM that this process can still take: what the machine has free, within the limits of its cgroup."""
+    free = psutil.virtual_memory().available
+    try:
+        with open("/proc/self/cgroup") as file:
+            group = pathlib.PurePosixPath(file.read().strip().rpartition("::")[2])
+    except OSError:  # not Linux
+        return free
+    for folder in [group, *group.parents]:
+        try:
+            limit = pathlib.Path(f"/sys/fs/cgroup{folder}/memory.max").read_text().strip()
+        except OSError:
+            continue
+        if limit != "max":
+            free = min(free, int(limit) - psutil.Process().memory_info().rss)
+    return free
+
+
+def check_memory(device, run_dir, config, rows, samples, roots, num_simulations, disk):
+    """Prints what a run needs at its full length and exits with one line if it is not there.
+
+    rows: of all replays together; samples: of an update; roots: of its largest search; disk: bytes of its other files.
+    Counted: frames and weights. Estimated: what training saves for its backward pass, or a search for its tree.
+    """
+    channels, lstm_size, blocks = config.channels, config.lstm_size, config.blocks
+    with torch.device("meta"):
+        weights = 4 * sum(parameter.numel() for parameter in EfficientZeroNet(config).parameters())
+    training = samples * (16 * channels * (1908 * blocks + 1440) + 2_500_000)
+    search = roots * (4 * num_simulations * (36 * channels + 2 * lstm_size) + 9216 * (12 * 9 + 2 * channels))
+    work = 5 * weights + max(training, search) * (0.5 if device.type == "cuda" else 1)  # bf16
+    data, rest = rows * 3 * 96 * 96, rows * 130 + 600_000_000
+    run_dir = pathlib.Path(run_dir).absolute()
+    folder = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
+    needs = {"disk": (disk + 8 * weights, shutil.disk_usage(folder).free)}
+    if device.type == "cuda":
+        needs |= {"GPU memory": (data + work, torch.cuda.mem_get_info(device)[0]), "RAM": (4 * rest, free_memory())}
+    else:
+        needs |= {"RAM": (data + work + rest, free_memory())}
+    texts = [f"{needed / 1e9:.1f} GB of {name} ({free / 1e9:.1f} free)" for name, (needed, free) in needs.items()]
+    print("this run needs about " + ", ".join(texts))
+    for text, (name, (needed, free)) in zip(texts, needs.items(), strict=True):
+        if needed > free:
+            flags = "lower --batch-size, --channels, --num-simulations or the steps stored"
+            hint = "choose another --run-dir" if name == "disk" else flags
+            raise SystemExit(f"error: this run needs about {text}; {hint}")

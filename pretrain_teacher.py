@@ -16,6 +16,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall a busy CPU; read as torch loads
 
 import re
+import sys
 import time
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -45,6 +46,8 @@ class Args:
     wandb_project_name: str = "xtra"  # the W&B project
     wandb_entity: str | None = None  # the W&B entity (team)
     run_dir: str | None = None  # the folder to write; default runs/{env_id}__{exp_name}__{seed}__{time}
+    resume: bool = False  # whether to go on from the checkpoint in --run-dir; where there is none, the run starts
+    checkpoint_every: int = 1_000  # updates between checkpoints; each evaluation and each interruption writes one too
 
     # Algorithm specific arguments
     datasets: tuple[str, ...] = ()  # dataset folders: one for a teacher, several for the baseline of Appendix C
@@ -141,7 +144,7 @@ class Replay:
 
     def __init__(self, rows, num_envs, device):
         self.num_envs, self.size = num_envs, 0
-        self.frames = torch.empty(rows, 3, 96, 96, dtype=torch.uint8, device=device)  # [R, 3, 96, 96]
+        self.frames = torch.zeros(rows, 3, 96, 96, dtype=torch.uint8, device=device)  # [R, 3, 96, 96] taken at once
         self.action = np.zeros(rows, np.int64)  # [R] ALE ids
         self.reward = np.zeros(rows, np.float32)  # [R] raw: clipped where targets are made
         self.acted = np.zeros(rows, bool)  # [R]
@@ -155,29 +158,77 @@ class Replay:
         self.value_version = np.zeros(rows, np.int64)  # [R]
 
 
+def dataset_meta(folder):
+    """The meta.json of a dataset folder, whose files are all there and undamaged; exits with one line if not."""
+    fields = {"rows": int, "env_steps": int, "env_id": str, "settings": dict}
+    meta = model.load_manifest(f"{folder}/meta.json", "xtra-dataset-1", fields)
+    settings = meta["settings"] | {"num_envs": None}
+    if settings != {"frame": [96, 96, 3], "frameskip": 4, "sticky_actions": 0.0, "num_envs": None} or meta["rows"] < 1:
+        raise SystemExit(
+            f"error: {folder} has {meta['rows']} rows of {settings}, expected 96x96x3, frameskip 4; redo it"
+        )
+    return meta
+
+
 def load_dataset(folder, device):
     """Reads a dataset folder (docs/finetune.md, "Datasets") -> (Replay with E = 1 and priorities 1, its meta.json).
 
-    Exits with one line if the folder is missing, damaged or of another format version.
+    Exits with one line if the folder is missing, damaged, of another format version or of other environment settings.
     """
-    meta = model.load_manifest(f"{folder}/meta.json", "xtra-dataset-1")
-    steps = np.load(f"{folder}/steps.npz", allow_pickle=False)
-    replay = Replay(meta["rows"], 1, device)
-    replay.size = meta["rows"]
-    decompressor, offsets = zstandard.ZstdDecompressor(), steps["chunk_offsets"]
-    with open(f"{folder}/frames", "rb") as file:
-        for i in range(len(offsets) - 1):  # 8 frames a chunk, channel last
-            chunk = np.frombuffer(decompressor.decompress(file.read(offsets[i + 1] - offsets[i])), np.uint8)
-            chunk = torch.tensor(chunk.reshape(-1, 96, 96, 3)).permute(0, 3, 1, 2)
-            replay.frames[8 * i : 8 * i + len(chunk)] = chunk.to(device)
+    path, meta = f"{folder}/frames", dataset_meta(folder)
+    R, chunks = meta["rows"], -(-meta["rows"] // 8)
+    flags = dict.fromkeys(("acted", "life_lost", "terminated", "truncated"), (bool, (R,)))
+    fields = {"chunk_offsets": (np.int64, (chunks + 1,)), "action": (np.uint8, (R,)), "reward": (np.float32, (R,))}
+    steps = model.load_arrays(f"{folder}/steps.npz", fields | flags)
+    sizes = np.diff(steps["chunk_offsets"])  # [chunks]
+    fits = steps["chunk_offsets"][0] == 0 and sizes.min() > 0 and sizes.sum() == os.path.getsize(path)
+    if not fits or steps["action"].max() >= 18 or not np.isfinite(steps["reward"]).all():
+        raise SystemExit(
+            f"error: {folder}/steps.npz has offsets, actions or rewards out of range; make the folder again"
+        )
+    replay = Replay(R, 1, device)
+    replay.size = R
+    decompressor = zstandard.ZstdDecompressor()
+    with open(path, "rb") as file:
+        for start, size in zip(range(0, R, 8), sizes.tolist(), strict=True):  # 8 frames a chunk, channel last
+            data, n = file.read(size), min(8, R - start)
+            try:
+                if zstandard.frame_content_size(data) != n * 96 * 96 * 3:
+                    raise zstandard.ZstdError(f"chunk {start // 8} has another size than {n} frames")
+                chunk = np.frombuffer(decompressor.decompress(data), np.uint8).reshape(n, 96, 96, 3)
+            except (zstandard.ZstdError, ValueError) as error:
+                raise SystemExit(f"error: {path} cannot be unpacked ({error}); make the folder again") from None
+            replay.frames[start : start + n] = torch.tensor(chunk).permute(0, 3, 1, 2).to(device)
     replay.action[:], replay.reward[:], replay.acted[:] = steps["action"], steps["reward"], steps["acted"]
     replay.end[:] = LIFE_LOST * steps["life_lost"] + GAME_OVER * steps["terminated"] + TIME_LIMIT * steps["truncated"]
-    starts = np.ones(meta["rows"], bool)  # an episode starts after an end or after a row that was not acted on
+    starts = np.ones(R, bool)  # an episode starts after an end or after a row that was not acted on
     starts[1:] = (replay.end[:-1] > 0) & replay.acted[1:] | ~replay.acted[:-1]
-    rows = np.arange(meta["rows"])
+    rows = np.arange(R)
     replay.age[:] = rows - np.maximum.accumulate(np.where(starts, rows, 0))
     replay.priority[:] = replay.acted
     return replay, meta
+
+
+def replay_state(replay, version):
+    """What a checkpoint keeps of a replay: priorities, and the targets of `version`, the current target network. Older
+    targets are never read again; frames, actions and rewards come back from the dataset or the game."""
+    fresh = np.flatnonzero(replay.value_version[: replay.size] == version)  # [n]
+    names = ("policy", "value", "policy_version", "value_version")
+    targets = {name: torch.from_numpy(getattr(replay, name)[fresh]) for name in names}
+    return targets | {"fresh": torch.from_numpy(fresh), "priority": torch.from_numpy(replay.priority[: replay.size])}
+
+
+def restore_replay(replay, state):
+    """Puts back what `replay_state` kept; exits with one line if it is not of this replay."""
+    try:
+        for name in ("policy", "value", "policy_version", "value_version"):
+            getattr(replay, name)[state["fresh"].numpy()] = state[name].numpy()
+        replay.priority[: replay.size] = state["priority"].numpy()
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+        raise SystemExit(f"error: the checkpoint has another replay ({error}); was its dataset exchanged?") from None
+    acted, priority = replay.acted[: replay.size], replay.priority[: replay.size]
+    if not (np.isfinite(priority).all() and ((priority > 0) == acted).all()):
+        raise SystemExit("error: the checkpoint has priorities that are not finite and above 0; start the run anew")
 
 
 def stack_frames(replay, rows):
@@ -250,11 +301,12 @@ def make_targets(replay, roots, td_steps, unroll_steps, gamma=0.997**4):
     return Targets(rows[:, : K + 1], exists[:, : K + 1], alive[:, : K + 1], prefix, reward_sum, bootstrap, discount)
 
 
-def run_search(net, obs, legal, num_simulations, rng, noise):
+def run_search(net, env_id, obs, legal, num_simulations, rng, noise):
     """Searches from obs uint8 [n, 12, 96, 96] with legal [n, A] -> SearchResult, value head at the roots [n].
 
     net: an `inference_copy`. num_simulations 0: the policy head stands for the visits. noise: whether to mix Dirichlet
-    noise into the root priors (self-play and reanalyze).
+    noise into the root priors (self-play and reanalyze). Raises `FloatingPointError(what, tensors)`, with env_id
+    in `what`, if the network says something that is not finite.
     """
     autocast = torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.device.type == "cuda")
     with torch.no_grad(), autocast:
@@ -269,17 +321,17 @@ def run_search(net, obs, legal, num_simulations, rng, noise):
             latent, lstm_state, prefix, policy, value = net.recurrent_inference(latent, action, lstm_state)
             return latent, lstm_state, model.support_to_scalar(prefix), model.support_to_scalar(value), policy
 
-        result = mcts.search(
-            *(recurrent, latent, policy_logits, legal, num_simulations),
-            lstm_size=net.config.lstm_size,
-            noise=mcts.dirichlet_noise(rng, legal) if noise else None,
-            seeds=rng.integers(1, 2**63, len(legal), dtype=np.uint64),
-            threads=min(8, os.cpu_count()) if obs.is_cuda else 1,
-        )
+        options = {"lstm_size": net.config.lstm_size, "threads": min(8, os.cpu_count()) if obs.is_cuda else 1}
+        options["noise"] = mcts.dirichlet_noise(rng, legal) if noise else None
+        options["seeds"] = rng.integers(1, 2**63, len(legal), dtype=np.uint64)
+        try:
+            result = mcts.search(recurrent, latent, policy_logits, legal, num_simulations, **options)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"the search of {env_id} ({error})", {"obs": obs}) from None
     return result, value
 
 
-def reanalyze(net, version, replay, targets, legal, num_simulations, rng):
+def reanalyze(net, version, env_id, replay, targets, legal, num_simulations, rng):
     """Brings the stored policies and values that a batch needs up to `net`, the `version`-th target network.
 
     Policies are searched with noise, values are the value head (a search's root value is an option of the released
@@ -291,7 +343,8 @@ def reanalyze(net, version, replay, targets, legal, num_simulations, rng):
     result = None
     if len(states):
         legal = np.repeat(legal[None], len(states), 0)
-        result, replay.value[states] = run_search(net, stack_frames(replay, states), legal, num_simulations, rng, True)
+        obs = stack_frames(replay, states)
+        result, replay.value[states] = run_search(net, env_id, obs, legal, num_simulations, rng, noise=True)
         replay.policy[states] = result.visits / num_simulations
         replay.policy_version[states] = replay.value_version[states] = version
     states = targets.bootstrap_rows[targets.bootstrap_discount > 0]
@@ -380,20 +433,21 @@ def learning_rate_at(update, total, base):
 
 
 # --- evaluation ---
-def evaluate(net, env_id, episodes, max_frames, num_simulations, device, movie=None):
+def evaluate(net, env_id, episodes, max_frames, num_simulations, device, movie=None, interrupted=()):
     """Plays `episodes` whole games side by side (seeds 0, 1, ..., full lives, no noise, the most visited action or the
     lowest of several) -> raw returns [episodes], lengths in environment steps [episodes].
 
-    num_simulations 0 acts on the policy head alone. movie: a list that gets the first game's frames.
+    num_simulations 0 acts on the policy head alone. movie: a list that gets the first game's frames. interrupted: a
+    list; the games stop, and the results mean nothing, once something is in it.
     """
     envs, rng = make_envs(env_id, episodes, life_loss_ends=False), np.random.default_rng(0)
     legal = np.repeat(legal_actions(env_id)[None], episodes, 0)  # [E, A]
     frames = envs.reset(seed=0)[0].reshape(episodes, 96, 96, 3)
     stack = torch.as_tensor(frames).permute(0, 3, 1, 2).repeat(1, 4, 1, 1).to(device)  # [E, 12, 96, 96]
     returns, lengths, active = np.zeros(episodes), np.zeros(episodes, np.int64), np.arange(episodes)
-    while len(active):
+    while len(active) and not interrupted:
         action = np.zeros(episodes, np.int64)  # finished games leave the search; their actions do not matter
-        result, _ = run_search(net, stack[active], legal[active], num_simulations, rng, noise=False)
+        result, _ = run_search(net, env_id, stack[active], legal[active], num_simulations, rng, noise=False)
         action[active] = result.visits.argmax(axis=1)
         if movie is not None and 0 in active:
             movie.append(frames[0].copy())
@@ -407,18 +461,13 @@ def evaluate(net, env_id, episodes, max_frames, num_simulations, device, movie=N
     return returns, lengths
 
 
-def log_evaluation(run_dir, writer, env_id, env_steps, updates, returns, lengths, suffix=""):
-    """Appends one line per game to evaluations.csv and the means to TensorBoard."""
-    path, text = f"{run_dir}/evaluations.csv", "env_steps,updates,episode,return,length,env_id\n"
-    if os.path.exists(path):
-        with open(path) as file:
-            text = file.read()
-    for i, (score, length) in enumerate(zip(returns.tolist(), lengths.tolist(), strict=True)):
-        text += f"{env_steps},{updates},{i},{score},{length},{env_id}\n"
-    model.write_file(path, lambda file: file.write(text.encode()))
+def log_evaluation(writer, env_id, env_steps, updates, returns, lengths, suffix=""):
+    """The means to TensorBoard and the terminal -> one line per game for evaluations.csv."""
     writer.add_scalar("eval/episodic_return" + suffix, returns.mean(), updates)
     writer.add_scalar("eval/episodic_length" + suffix, lengths.mean(), updates)
     tqdm.write(f"updates={updates}, env_id={env_id}, evaluation return={returns.mean():.1f} (std {returns.std():.1f})")
+    games = enumerate(zip(returns.tolist(), lengths.tolist(), strict=True))
+    return "".join(f"{env_steps},{updates},{i},{score},{length},{env_id}\n" for i, (score, length) in games)
 
 
 def check_args(args, may_be_zero=()):
@@ -428,8 +477,15 @@ def check_args(args, may_be_zero=()):
         lowest = 2 if name in ("batch_size", "channels") else lowest  # for batch norm and the first convolution
         if isinstance(value, int | float) and not isinstance(value, bool) and not lowest <= value < float("inf"):
             raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {lowest} or more")
-    if args.run_dir and (os.path.isfile(args.run_dir) or os.path.exists(f"{args.run_dir}/evaluations.csv")):
-        raise SystemExit(f"error: --run-dir {args.run_dir} holds a run already, or is a file; choose another folder")
+    if args.resume and not args.run_dir:
+        raise SystemExit("error: --resume needs the --run-dir that it is to continue; give both")
+    found = [name for name in ("checkpoint.pt", "evaluations.csv") if os.path.exists(f"{args.run_dir}/{name}")]
+    if args.run_dir and (os.path.isfile(args.run_dir) or found and not args.resume):
+        hint = "continue it with --resume, or choose another folder"
+        raise SystemExit(f"error: --run-dir {args.run_dir} holds a run already, or is a file; {hint}")
+    if args.resume and found == ["evaluations.csv"]:
+        hint = "put its checkpoint.pt back, or choose another folder"
+        raise SystemExit(f"error: --run-dir {args.run_dir} holds a run without a checkpoint; {hint}")
 
 
 def log_search(writer, result, step):
@@ -440,13 +496,16 @@ def log_search(writer, result, step):
     writer.add_scalar("search/max_depth", result.depth.max(), step)
 
 
-def write_targets(run_dir, dataset, net, replay, legal, num_simulations, rng):
+def write_targets(run_dir, dataset, net, env_id, replay, legal, num_simulations, rng, interrupted):
     """Searches every state of the dataset without noise and writes targets.npz: visits uint16 [R, A], value float32 [R]
-    (the value head, which targets bootstrap from), and targets.json, which ties them to the dataset."""
+    (the value head, which targets bootstrap from), and targets.json, which ties them to the dataset. Writes nothing if
+    `interrupted` gets an entry before it is done."""
     visits, value = np.zeros((replay.size, len(legal)), np.uint16), np.zeros(replay.size, np.float32)
     for rows in tqdm(np.array_split(np.arange(replay.size), -(-replay.size // 512)), unit="512 states", desc="targets"):
-        legal_rows = np.repeat(legal[None], len(rows), 0)
-        result, value[rows] = run_search(net, stack_frames(replay, rows), legal_rows, num_simulations, rng, noise=False)
+        if interrupted:
+            return
+        obs, legal_rows = stack_frames(replay, rows), np.repeat(legal[None], len(rows), 0)
+        result, value[rows] = run_search(net, env_id, obs, legal_rows, num_simulations, rng, noise=False)
         visits[rows] = result.visits
     model.write_file(f"{run_dir}/targets.npz", lambda file: np.savez(file, visits=visits, value=value))
     fields = {"dataset": os.path.relpath(dataset, run_dir), "rows": replay.size, "num_simulations": num_simulations}
@@ -463,18 +522,27 @@ if __name__ == "__main__":
     if args.batch_size % m:
         raise SystemExit(f"error: --batch-size {args.batch_size} is not a multiple of the {m} --datasets; make it one")
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    interrupted = model.catch_signals()  # gets an entry when the run shall stop
+    checkpoint = model.load_checkpoint(args)
 
     # data setup
-    replays, metas = zip(*[load_dataset(folder, device) for folder in args.datasets], strict=True)
+    metas = [dataset_meta(folder) for folder in args.datasets]
     env_ids = [meta["env_id"] for meta in metas]
-    legal = [legal_actions(env_id) for env_id in env_ids]  # m x [A]
-    for folder, replay in zip(args.datasets, replays, strict=True):
-        if np.count_nonzero(replay.acted) < args.batch_size // m:
-            raise SystemExit(f"error: dataset {folder} has fewer steps than its share of --batch-size; lower that")
-
     run_name = f"{'+'.join(env_ids).replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = args.run_dir or f"runs/{run_name}"
-    writer = make_writer(args, run_name, run_dir)
+    config = model.ModelConfig.of_width(args.channels, args.blocks)
+    share = args.batch_size // m
+    sizes = {
+        "samples": args.batch_size,
+        "roots": share * (args.unroll_steps + 1),
+        "rows": sum(n["rows"] for n in metas),
+    }
+    model.check_memory(device, run_dir, config, num_simulations=args.num_simulations, disk=sizes["rows"] * 40, **sizes)
+    replays = [load_dataset(folder, device)[0] for folder in args.datasets]
+    legal = [legal_actions(env_id) for env_id in env_ids]  # m x [A]
+    for folder, replay in zip(args.datasets, replays, strict=True):
+        if np.count_nonzero(replay.acted) < share:
+            raise SystemExit(f"error: dataset {folder} has fewer steps than its share of --batch-size; lower that")
 
     # TRY NOT TO MODIFY: seeding
     torch.manual_seed(args.seed)
@@ -483,71 +551,107 @@ if __name__ == "__main__":
     generator = torch.Generator(device).manual_seed(args.seed)  # augmentation
 
     # agent setup
-    config = model.ModelConfig.of_width(args.channels, args.blocks)
     net = model.EfficientZeroNet(config).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
-    target_net = next_target_net = model.inference_copy(net)
-    share = args.batch_size // m
+    target_net, next_target_net = model.inference_copy(net), model.inference_copy(net)
+    sample_names = np.repeat(env_ids, share)  # [B]
     log_every = max(1, min(100, args.num_updates // 100))  # updates
-    scores, result = {}, None
+    updates, evaluated, scores = 0, -1, {}  # evaluated: when the last evaluation was, in updates
+    evaluations = "env_steps,updates,episode,return,length,env_id\n"
+
+    # the run folder, and if the run goes on, all that it had
+    lock = model.lock_folder(run_dir)
+    inputs = [model.sha256(f"{folder}/meta.json") for folder in args.datasets]
+    if checkpoint:
+        parts = {"net": net, "target": target_net, "next_target": next_target_net, "optimizer": optimizer}
+        parts |= {"rng": rng, "generator": generator}
+        kinds = {"updates": int, "evaluated": int, "scores": dict, "evaluations": str}
+        updates, evaluated, scores, evaluations = model.restore(run_dir, checkpoint, inputs, parts, **kinds)
+        for replay, state in zip(replays, checkpoint["replays"], strict=True):
+            restore_replay(replay, state)
+    if args.resume:
+        model.rewind_events(run_dir, checkpoint)
 
     # TRY NOT TO MODIFY: start the training
-    start_time = time.time()
-    bar = tqdm(total=args.num_updates, unit="update", dynamic_ncols=True)
-    for updates in range(args.num_updates + 1):
-        if updates % args.eval_every == 0 or updates == args.num_updates:
-            for env_id in env_ids:
-                settings = args.eval_episodes, args.eval_max_frames, args.num_simulations
-                returns, lengths = evaluate(model.inference_copy(net), env_id, *settings, device)
-                suffix = f"/{env_id}" if m > 1 else ""
-                log_evaluation(run_dir, writer, env_id, 0, updates, returns, lengths, suffix)
-                scores[env_id] = float(returns.mean())
-            saved_args = vars(args) | {"datasets": [os.path.relpath(folder, run_dir) for folder in args.datasets]}
-            model.save_checkpoint(f"{run_dir}/model.pt", net, saved_args, env_ids, dict(updates=updates, scores=scores))
-            bar.set_postfix(eval_return=f"{np.mean(list(scores.values())):.1f}")
-        if updates == args.num_updates:
-            break
+    start_time, start_updates = time.time(), updates
+    bar = tqdm(total=args.num_updates, initial=updates, unit="update", dynamic_ncols=True)
+    with bar, model.one_line_errors(run_dir, bar):
+        writer = make_writer(args, run_name, run_dir)
+        while True:
+            last = updates == args.num_updates
+            if (last or updates % args.eval_every == 0) and evaluated < updates:
+                settings = args.eval_episodes, args.eval_max_frames, args.num_simulations, device, None, interrupted
+                results = [evaluate(model.inference_copy(net), env_id, *settings) for env_id in env_ids]
+                if not interrupted:
+                    for env_id, (returns, lengths) in zip(env_ids, results, strict=True):
+                        suffix = f"/{env_id}" if m > 1 else ""
+                        evaluations += log_evaluation(writer, env_id, 0, updates, returns, lengths, suffix)
+                        scores[env_id] = float(returns.mean())
+                    evaluated = updates
+                    bar.set_postfix(eval_return=f"{np.mean(list(scores.values())):.1f}")
+            if interrupted or evaluated == updates or updates % args.checkpoint_every == 0:
+                writer.flush()
+                parts = {"net": net, "target": target_net, "next_target": next_target_net, "optimizer": optimizer}
+                parts |= {"rng": rng, "generator": generator}
+                states = [replay_state(replay, max(1, updates // 200)) for replay in replays]
+                values = {"updates": updates, "evaluated": evaluated, "scores": scores, "evaluations": evaluations}
+                keep_going = not (last or interrupted)
+                saved = model.save_checkpoint(run_dir, args, inputs, parts, states, values, keep_going)
+            if evaluated == updates and saved:
+                model.write_file(f"{run_dir}/evaluations.csv", evaluations.encode(), keep_going=not last)
+                saved_args = vars(args) | {"datasets": [os.path.relpath(folder, run_dir) for folder in args.datasets]}
+                counters = {"updates": updates, "scores": scores}
+                model.save_model(f"{run_dir}/model.pt", net, saved_args, env_ids, counters, keep_going=not last)
+            if last or interrupted:
+                break
 
-        # ALGO LOGIC: training.
-        if updates % 200 == 0:  # the target network is the network of 200 to 400 updates ago
-            target_net, next_target_net = next_target_net, model.inference_copy(net)
-        beta = 0.4 + 0.6 * min(1.0, updates / (1.2 * args.num_updates))
-        drawn, batches = [], []
-        for replay, legal_mask in zip(replays, legal, strict=True):
-            rows, weight = sample(replay, share, beta, rng)
-            td_steps = np.full(share, args.td_steps)  # fixed data does not age
-            targets = make_targets(replay, rows, td_steps, args.unroll_steps)
-            settings = legal_mask, args.num_simulations, rng
-            result = reanalyze(target_net, max(1, updates // 200), replay, targets, *settings) or result
-            drawn.append(rows)
-            batches.append(make_batch(replay, targets, weight, rng, generator))
-        batch = Batch(*[torch.cat(tensors) for tensors in zip(*batches, strict=True)])  # [B, ...], task after task
+            # ALGO LOGIC: training.
+            if updates % 200 == 0:  # the target network is the network of 200 to 400 updates ago
+                target_net, next_target_net = next_target_net, model.inference_copy(net)
+            beta = 0.4 + 0.6 * min(1.0, updates / (1.2 * args.num_updates))
+            drawn, batches, result = [], [], None
+            for env_id, replay, legal_mask in zip(env_ids, replays, legal, strict=True):
+                rows, weight = sample(replay, share, beta, rng)
+                td_steps = np.full(share, args.td_steps)  # fixed data does not age
+                targets = make_targets(replay, rows, td_steps, args.unroll_steps)
+                settings = env_id, replay, targets, legal_mask, args.num_simulations, rng
+                result = reanalyze(target_net, max(1, updates // 200), *settings) or result
+                drawn.append(rows)
+                batches.append(make_batch(replay, targets, weight, rng, generator))
+            batch = Batch(*[torch.cat(tensors) for tensors in zip(*batches, strict=True)])  # [B, ...], task after task
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            total, terms, priority = unroll_loss(net, batch)
-        loss = (batch.weight * total).mean()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(updates, args.num_updates, args.learning_rate)
-        optimizer.zero_grad()
-        (loss / args.unroll_steps).backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)
-        optimizer.step()
-        for replay, rows, new in zip(replays, drawn, priority.cpu().numpy().reshape(m, share), strict=True):
-            replay.priority[rows] = new
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                total, terms, priority = unroll_loss(net, batch)
+            loss = (batch.weight * total).mean()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(updates, args.num_updates, args.learning_rate)
+            optimizer.zero_grad()
+            (loss / args.unroll_steps).backward()
+            norm = torch.nn.utils.get_total_norm([x.grad for x in net.parameters() if x.grad is not None])
+            model.check_finite(loss, norm, terms, sample_names, net, batch)
+            torch.nn.utils.clip_grads_with_norm_(net.parameters(), 5.0, norm)
+            optimizer.step()
+            for replay, rows, new in zip(replays, drawn, priority.cpu().numpy().reshape(m, share), strict=True):
+                replay.priority[rows] = new
 
-        bar.update()
-        if updates % log_every == 0:
-            writer.add_scalar("losses/loss", loss.item(), updates)
-            for name, term in terms.items():
-                writer.add_scalar(f"losses/{name}_loss", term.mean().item(), updates)
-            writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], updates)
-            writer.add_scalar("charts/beta", beta, updates)
-            writer.add_scalar("charts/updates_per_second", (updates + 1) / (time.time() - start_time), updates)
-            log_search(writer, result, updates)
-    bar.close()
+            if updates % log_every == 0:
+                writer.add_scalar("losses/loss", loss.item(), updates)
+                for name, term in terms.items():
+                    writer.add_scalar(f"losses/{name}_loss", term.mean().item(), updates)
+                writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], updates)
+                writer.add_scalar("charts/beta", beta, updates)
+                speed = (updates + 1 - start_updates) / (time.time() - start_time)
+                writer.add_scalar("charts/updates_per_second", speed, updates)
+                if result is not None:  # nothing was stale
+                    log_search(writer, result, updates)
+            updates += 1
+            bar.update()
+        writer.close()
 
-    if m == 1:  # the teacher is saved; now its search policy and value for every state
-        settings = legal[0], args.num_simulations, rng
-        write_targets(run_dir, args.datasets[0], model.inference_copy(net), replays[0], *settings)
-    writer.close()
+    if m == 1 and not os.path.exists(f"{run_dir}/targets.json"):  # its search policy and value for every state
+        settings = env_ids[0], replays[0], legal[0], args.num_simulations, rng, interrupted
+        write_targets(run_dir, args.datasets[0], model.inference_copy(net), *settings)
+    if interrupted:
+        print(f"{run_dir}: stopped at update {updates} by {interrupted[0]}. Next: the same command with --resume")
+        sys.exit(model.INTERRUPTED)
     print(f"{run_dir}: teacher saved. Next: python distill.py --teachers {run_dir} OTHER_TEACHERS...")

@@ -23,6 +23,8 @@ ALL = {
     "wandb_project_name": "xtra",
     "wandb_entity": None,
     "run_dir": None,
+    "resume": False,
+    "checkpoint_every": 1_000,
     "batch_size": 256,
     "learning_rate": 0.2,
     "num_simulations": 50,

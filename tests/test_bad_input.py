@@ -16,7 +16,7 @@ import torch
 
 import finetune
 import pretrain_teacher
-from model import EfficientZeroNet, ModelConfig, save_checkpoint, write_manifest
+from model import EfficientZeroNet, ModelConfig, save_model, write_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 GAME, OTHER, TARGET = "toy_env:Catch-v1", "toy_env:Catch-v2", "toy_env:Catch-v0"
@@ -41,7 +41,7 @@ def make_network(folder, env_ids, **args):
     torch.manual_seed(0)
     net = EfficientZeroNet(ModelConfig.of_width(8, 1))
     counters = {"updates": 1, "scores": {env_id: 1.0 for env_id in env_ids}}
-    save_checkpoint(f"{folder}/model.pt", net, args, env_ids, counters)
+    save_model(f"{folder}/model.pt", net, args, env_ids, counters)
 
 
 def make_teacher(folder, dataset, env_id):

@@ -13,7 +13,7 @@ import torch
 import tyro
 
 from finetune import LIFE_LOST, Replay, add_frames, atari_rom, save_dataset
-from model import EfficientZeroNet, ModelConfig, save_checkpoint
+from model import EfficientZeroNet, ModelConfig, save_model
 
 ROOT = Path(__file__).resolve().parent.parent
 FIVE = ["model.py", "mcts.py", "pretrain_teacher.py", "distill.py", "finetune.py"]
@@ -161,7 +161,7 @@ def test_the_dataset_reader_of_the_docs_runs(tmp_path, capsys):
 
 def test_the_model_loader_of_the_docs_runs(tmp_path, capsys):
     torch.manual_seed(0)
-    save_checkpoint(f"{tmp_path}/model.pt", EfficientZeroNet(ModelConfig.of_width(4, 1)), {}, ["a"], {"updates": 3})
+    save_model(f"{tmp_path}/model.pt", EfficientZeroNet(ModelConfig.of_width(4, 1)), {}, ["a"], {"updates": 3})
     (code,) = blocks("docs/pretrain_teacher.md", "python")
     assert len(code.splitlines()) == 5
     exec(code, {"folder": str(tmp_path)})

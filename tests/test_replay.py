@@ -1,6 +1,7 @@
 """The replay as finetune.py fills it, sampling from it, and the dataset folder: written, read, damaged."""
 
 import ast
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -12,49 +13,48 @@ import torch
 import zstandard
 
 import finetune
-from finetune import add_frames, save_dataset
+from finetune import add_frames, play, replay_games, save_dataset, start_games
 from model import write_manifest
 from pretrain_teacher import GAME_OVER, LIFE_LOST, TIME_LIMIT, Replay, load_dataset, make_envs, sample
 
 ROOT = Path(__file__).resolve().parent.parent
 E = 2  # environments
+META = {"env_id": "A", "settings": {"frame": [96, 96, 3], "frameskip": 4, "sticky_actions": 0.0, "num_envs": E}}
 COMPRESSOR = zstandard.ZstdCompressor
 
 
 # ---- collecting
 
 
+def main_node(kind, text):
+    """The one statement of finetune.py's main of that kind whose text starts so."""
+    main = ast.parse((ROOT / "finetune.py").read_text()).body[-1]
+    (node,) = [node for node in ast.walk(main) if isinstance(node, kind) and ast.unparse(node).startswith(text)]
+    return node
+
+
 def collect(env_id, steps):
-    """Plays random actions in the E environments with the statements of finetune.py's main -> its variables.
-
-    Taken from the script's text: the environment setup, and the loop that steps. No network is needed, since the game
-    does not get beyond `learning_starts`. Call `space["play"](more)` to go on.
-    """
-    main = ast.parse((ROOT / "finetune.py").read_text()).body[-1].body
-    texts = [ast.unparse(node) for node in main]
-    first = next(i for i, text in enumerate(texts) if text.startswith("envs = "))
-    last = next(i for i, text in enumerate(texts) if text.startswith("env_steps = "))
-    setup = [*main[first:last], main[last]]
-    (loop,) = [
-        x for x in ast.walk(ast.Module(main, [])) if isinstance(x, ast.While) and "env_steps" in ast.unparse(x.test)
-    ]
-    flags = {"env_id": env_id, "seed": 5, "num_envs": E, "total_timesteps": steps, "pretrained": None}
+    """Plays random actions in the E environments, as finetune.py does before `learning_starts` -> what it has then."""
     scalars = []
-    space = vars(finetune) | {
-        "args": SimpleNamespace(**flags), "device": "cpu", "rng": np.random.default_rng(0),
-        "legal": finetune.legal_actions(env_id), "scalars": scalars,
-        "writer": SimpleNamespace(add_scalar=lambda *scalar: scalars.append(scalar)),
-    }  # fmt: skip
+    run = SimpleNamespace(
+        envs=make_envs(env_id, E, life_loss_ends=True), has_lives=finetune.atari_rom(env_id) is not None,
+        legal=np.flatnonzero(finetune.legal_actions(env_id)), rng=np.random.default_rng(0),
+        replay=Replay(steps * 9 // 8 + 2 * E, E, "cpu"), env_steps=0, scalars=scalars,
+        writer=SimpleNamespace(add_scalar=lambda *scalar: scalars.append(scalar)),
+    )  # fmt: skip
+    run.games = start_games(run.envs, run.replay, seed=5_000)
+    go_on(run, steps)
+    return run
 
-    def play(learning_starts):
-        space["args"].learning_starts = learning_starts
-        exec(compile(ast.Module([loop], []), "finetune.py", "exec"), space)
 
-    exec(compile(ast.Module(setup, []), "finetune.py", "exec"), space)
-    space["play"] = play
-    play(steps)
-    space["envs"].close()
-    return space
+def go_on(run, total_timesteps):
+    """Plays up to that many environment steps, and logs with the statement of finetune.py's main."""
+    log_games = compile(ast.Module([main_node(ast.For, "for env in np.flatnonzero(games.over)")], []), "", "exec")
+    while run.env_steps < total_timesteps:
+        action = run.rng.choice(run.legal, E)
+        settings = run.env_steps, total_timesteps, run.has_lives
+        run.env_steps = play(run.envs, run.replay, run.games, action, *settings)
+        exec(log_games, vars(run) | {"np": np})
 
 
 def play_again(env_id, actions, limit):
@@ -63,7 +63,7 @@ def play_again(env_id, actions, limit):
     actions [T, E]; limit: environment steps that count. Each frame has a row, acted on or not.
     """
     envs = make_envs(env_id, E, life_loss_ends=True)
-    frames = envs.reset(seed=5_000)[0].reshape(E, 96, 96, 3)  # 1,000 times --seed
+    frames = envs.reset(seed=5_000)[0].reshape(E, 96, 96, 3)
     streams = [[{"frame": frames[e].copy(), "acted": False, "end": 0, "age": 0}] for e in range(E)]
     over, steps = [False] * E, 0
     for action in actions:
@@ -88,23 +88,26 @@ def play_again(env_id, actions, limit):
     return streams
 
 
+def action_log(replay):
+    """What the environments got, [T, E]; the newest frames have no action yet."""
+    return replay.action[: replay.size].reshape(-1, E)[:-1]
+
+
 STEPS = 1800  # in both environments together: more than one game of random play
 
 
 @pytest.fixture(scope="module")
 def assault():
     """The replay of a short run in Assault, and the same games as `play_again` notes them."""
-    space = collect("AssaultNoFrameskip-v4", STEPS)
-    replay = space["replay"]
-    actions = replay.action[: replay.size].reshape(-1, E)[:-1]
-    return replay, play_again("AssaultNoFrameskip-v4", actions, STEPS), space
+    run = collect("AssaultNoFrameskip-v4", STEPS)
+    return run.replay, play_again("AssaultNoFrameskip-v4", action_log(run.replay), STEPS), run
 
 
 @pytest.fixture(scope="module")
 def dataset(assault, tmp_path_factory):
     """The dataset folder of that run."""
     folder = str(tmp_path_factory.mktemp("data") / "Assault")
-    save_dataset(folder, assault[0], {"env_id": "AssaultNoFrameskip-v4", "seed": 5})
+    save_dataset(folder, assault[0], META | {"env_id": "AssaultNoFrameskip-v4", "seed": 5})
     return folder
 
 
@@ -114,10 +117,10 @@ def column(stream, name):
 
 
 def test_the_run_has_lost_lives_and_finished_games(assault):
-    replay, _, space = assault
+    replay, _, run = assault
     ends = replay.end[: replay.size]
     assert (ends == LIFE_LOST).sum() >= 3 and (ends == GAME_OVER).sum() >= 1
-    assert replay.acted.sum() == space["env_steps"] == STEPS
+    assert replay.acted.sum() == run.env_steps == STEPS
 
 
 def test_the_replay_holds_the_games_row_by_row(assault):
@@ -144,7 +147,7 @@ def test_the_last_frame_of_a_game_is_not_acted_on_and_the_next_row_starts_a_new_
 
 
 def test_finished_games_are_logged_with_their_raw_return(assault):
-    _, streams, space = assault
+    _, streams, run = assault
     expected = []
     for stream in streams:
         total = length = 0
@@ -153,20 +156,24 @@ def test_finished_games_are_logged_with_their_raw_return(assault):
             if row["end"] == GAME_OVER:
                 expected.append((total, length))
                 total = length = 0
-    returns = [value for key, value, _ in space["scalars"] if key == "charts/episodic_return"]
-    lengths = [value for key, value, _ in space["scalars"] if key == "charts/episodic_length"]
+    returns = [value for key, value, _ in run.scalars if key == "charts/episodic_return"]
+    lengths = [value for key, value, _ in run.scalars if key == "charts/episodic_length"]
     assert sorted(zip(returns, lengths, strict=True)) == sorted(expected) and len(expected) >= 1
+    for e, stream in enumerate(streams):  # and the games that go on
+        over = [t for t, row in enumerate(stream) if row["end"] == GAME_OVER]
+        rows = stream[over[-1] + 1 if over else 0 :]
+        assert run.games.score[e] == sum(row.get("reward", 0) for row in rows)
+        assert run.games.length[e] == sum(row["acted"] for row in rows) > 0 and not run.games.over[e]
 
 
 @pytest.mark.filterwarnings("ignore:.*out of date")
 def test_new_rows_get_the_highest_priority_and_rows_without_action_none(assault):
     replay = assault[0]
     assert (replay.priority[: replay.size] == replay.acted[: replay.size]).all()  # 1 in an empty replay, else 0
-    space = collect("toy_env:Catch-v0", 60)
-    space["args"].total_timesteps = 120
-    space["replay"].priority[:10] = 7.5, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1
-    space["play"](120)
-    replay = space["replay"]
+    run = collect("toy_env:Catch-v0", 60)
+    replay = run.replay
+    replay.priority[:10] = 7.5, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1
+    go_on(run, 120)
     assert replay.acted.sum() == 120
     new = replay.acted & (replay.stored_at >= 60)
     assert new.sum() == 60 and (replay.priority[new] == 7.5).all() and (replay.priority[~replay.acted] == 0).all()
@@ -174,9 +181,88 @@ def test_new_rows_get_the_highest_priority_and_rows_without_action_none(assault)
 
 @pytest.mark.filterwarnings("ignore:.*out of date")
 def test_a_run_of_a_number_of_steps_that_the_environments_do_not_divide():
-    replay = collect("toy_env:Catch-v0", 41)["replay"]
-    assert replay.acted.sum() == 41
+    run = collect("toy_env:Catch-v0", 41)
+    replay = run.replay
+    assert replay.acted.sum() == run.env_steps == 41
     assert sorted(replay.stored_at[replay.acted].tolist()) == list(range(41))
+
+
+@pytest.mark.parametrize("seed, first", [(5, 5_000), (0, 0), (2_000_001, 1_000)])  # what ALE takes is below 2^31
+def test_the_games_of_a_run_are_those_of_1000_times_its_seed(seed, first):
+    call = main_node(ast.Assign, "games = start_games(").value
+    (keyword,) = [keyword for keyword in call.keywords if keyword.arg == "seed"]
+    assert eval(ast.unparse(keyword.value), {"args": SimpleNamespace(seed=seed)}) == first
+
+
+# ---- the action log of a checkpoint
+
+
+def replayed(env_id, run, actions, total_timesteps, checksum=None):
+    """Games and replay that `replay_games` makes of the action log of a run."""
+    envs = make_envs(env_id, E, life_loss_ends=True)
+    replay = Replay(total_timesteps * 9 // 8 + 2 * E, E, "cpu")
+    games = start_games(envs, replay, seed=5_000)
+    settings = checksum or run.games.checksum.hexdigest(), total_timesteps, run.has_lives
+    env_steps = replay_games(envs, replay, games, actions, *settings)
+    return replay, games, env_steps
+
+
+def as_log(replay):
+    return torch.from_numpy(action_log(replay).astype(np.uint8))
+
+
+def test_the_action_log_brings_replay_and_games_back_bit_by_bit(assault):
+    replay, _, run = assault
+    again, games, env_steps = replayed("AssaultNoFrameskip-v4", run, as_log(replay), STEPS)
+    assert env_steps == STEPS and again.size == replay.size
+    for name, array in vars(replay).items():
+        if hasattr(array, "shape"):
+            x, y = (getattr(each, name)[: replay.size] for each in (replay, again))
+            assert x.dtype == y.dtype and (x == y).all(), name
+    for name in ("over", "score", "length"):
+        x, y = getattr(games, name), getattr(run.games, name)
+        assert x.dtype == y.dtype and (x == y).all(), name
+
+
+def test_the_checksum_is_over_frames_rewards_and_ends_in_the_order_they_came(assault):
+    replay, _, run = assault
+    checksum = hashlib.sha256()
+    for first in range(0, replay.size, E):
+        checksum.update(replay.frames[first : first + E].permute(0, 2, 3, 1).contiguous().numpy())
+        if first:  # a step's reward and end stand in the rows before its frames
+            before = slice(first - E, first)
+            checksum.update(replay.reward[before].tobytes() + replay.end[before].tobytes())
+    assert checksum.hexdigest() == run.games.checksum.hexdigest()
+
+
+def refused_log(*args):
+    with pytest.raises(SystemExit) as stop:
+        replayed("toy_env:Catch-v0", *args)
+    message = stop.value.code
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
+@pytest.mark.filterwarnings("ignore:.*out of date")
+def test_games_that_show_something_else_are_one_line():
+    run = collect("toy_env:Catch-v0", 60)
+    log = as_log(run.replay)
+    assert replayed("toy_env:Catch-v0", run, log, 60)[2] == 60
+    other = log.clone()
+    other[3] = 17 - other[3]
+    for actions in (other, log[:-1], log[:0]):
+        assert "the games differ from those of the checkpoint" in refused_log(run, actions, 60)
+    assert "the games differ" in refused_log(run, log, 60, "0" * 64)
+
+
+@pytest.mark.filterwarnings("ignore:.*out of date")
+def test_an_action_log_that_is_none_is_one_line():
+    run = collect("toy_env:Catch-v0", 20)
+    log = as_log(run.replay)
+    wide, foreign = torch.cat([log, log], dim=1), log.clone()
+    foreign[2, 1] = 18
+    for actions in (log.long(), log.float(), log[:, :1], log[:, 0], wide, log[None], foreign):
+        assert "no action log of these environments" in refused_log(run, actions, 20)
 
 
 def test_frames_beyond_the_first_size_make_room():
@@ -279,7 +365,7 @@ def test_the_streams_of_a_time_limit_are_kept(tmp_path):
         add_frames(replay, np.zeros((1, 96, 96, 3), np.uint8), age=0)
     replay.acted[:], replay.end[1], replay.reward[:2] = [1, 1, 0, 1, 0], TIME_LIMIT, [0.5, -200]
     folder = f"{tmp_path}/data"
-    save_dataset(folder, replay, {"env_id": "A"})
+    save_dataset(folder, replay, META)
     loaded = load_dataset(folder, "cpu")[0]
     assert loaded.end.tolist() == [0, TIME_LIMIT, 0, 0, 0] and loaded.age.tolist() == [0, 1, 2, 0, 1]
     assert loaded.reward.tolist() == [0.5, -200, 0, 0, 0]
@@ -318,7 +404,7 @@ def small(tmp_path):
         add_frames(replay, rng.integers(0, 256, (E, 96, 96, 3), dtype=np.uint8), age=np.full(E, t))
     replay.acted[:18] = True
     folder = tmp_path / "data"
-    save_dataset(str(folder), replay, {"env_id": "A"})
+    save_dataset(str(folder), replay, META)
     return folder
 
 
@@ -361,9 +447,85 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 def test_another_format_version_is_named(small):
-    write_manifest(f"{small}/meta.json", "xtra-dataset-0", {"rows": 20}, ["frames", "steps.npz"])
+    fields = META | {"rows": 20, "env_steps": 18}
+    write_manifest(f"{small}/meta.json", "xtra-dataset-0", fields, ["frames", "steps.npz"])
     message = refusal(small)
     assert "'xtra-dataset-0'" in message and "'xtra-dataset-1'" in message
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"frame": [84, 84, 1]}, {"frameskip": 5}, {"sticky_actions": 0.25}, {"noop_max": 0}, {"frame": None}],
+    ids=str,
+)
+def test_a_dataset_of_other_environment_settings_is_refused(small, changed):
+    fields = META | {"rows": 20, "env_steps": 18, "settings": META["settings"] | changed}
+    write_manifest(f"{small}/meta.json", "xtra-dataset-1", fields, ["frames", "steps.npz"])
+    assert "expected 96x96x3, frameskip 4" in refusal(small)
+
+
+@pytest.mark.parametrize("field", ["rows", "env_steps", "env_id", "settings"])
+def test_a_description_without_one_of_its_fields_is_refused(small, field):
+    fields = META | {"rows": 20, "env_steps": 18}
+    for changed in ({name: value for name, value in fields.items() if name != field}, fields | {field: [1]}):
+        write_manifest(f"{small}/meta.json", "xtra-dataset-1", changed, ["frames", "steps.npz"])
+        assert f"{small}/meta.json lacks a field" in refusal(small)
+
+
+@pytest.mark.parametrize("rows", [0, -1, 1, 8, 19, 21, 24, 10**9])
+def test_another_number_of_rows_than_there_are_is_refused(small, rows):
+    write_manifest(
+        f"{small}/meta.json", "xtra-dataset-1", META | {"rows": rows, "env_steps": 18}, ["frames", "steps.npz"]
+    )
+    refusal(small)
+
+
+def rewrite(folder, **changed):
+    """Other arrays in steps.npz, with right checksums: what was written wrong, not damaged."""
+    with np.load(folder / "steps.npz") as steps:
+        arrays = {name: value for name, value in (dict(steps) | changed).items() if value is not None}
+    np.savez(folder / "steps.npz", **arrays)
+    fields = META | {"rows": 20, "env_steps": 18}
+    write_manifest(f"{folder}/meta.json", "xtra-dataset-1", fields, ["frames", "steps.npz"])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"action": np.full(20, 18, np.uint8)},
+        {"action": np.zeros(20, np.int64)},
+        {"action": np.zeros(21, np.uint8)},
+        {"action": None},
+        {"reward": np.full(20, np.nan, np.float32)},
+        {"reward": np.zeros(20)},
+        {"acted": np.ones(20, np.uint8)},
+        {"acted": np.ones((20, 1), bool)},
+        {"chunk_offsets": np.array([0, 1, 2])},
+        {"chunk_offsets": np.zeros(4, np.int64)},
+    ],
+    ids=lambda changed: "".join(changed),
+)
+def test_steps_that_are_out_of_range_are_refused(small, changed):
+    rewrite(small, **changed)
+    assert f"{small}/steps.npz" in refusal(small)
+
+
+def test_offsets_between_which_no_chunk_lies_are_refused(small):
+    offsets = np.load(small / "steps.npz")["chunk_offsets"]
+    rewrite(small, chunk_offsets=offsets + np.array([0, 1, 0, 0]))
+    assert f"{small}/frames cannot be unpacked" in refusal(small)
+    rewrite(small, chunk_offsets=offsets + np.array([0, 0, 0, 1]))
+    assert f"{small}/steps.npz" in refusal(small)
+    rewrite(small, chunk_offsets=offsets)
+    assert load_dataset(str(small), "cpu")[0].size == 20
+
+
+def test_chunks_of_another_size_than_8_frames_are_refused(small):
+    for sizes in ([7, 8, 5], [8, 9, 3], [8, 8, 5000]):  # the last unpacks to more memory than its rows
+        chunks = [zstandard.compress(bytes(size * 96 * 96 * 3)) for size in sizes]
+        (small / "frames").write_bytes(b"".join(chunks))
+        rewrite(small, chunk_offsets=np.cumsum([0, *map(len, chunks)]))
+        assert f"{small}/frames cannot be unpacked" in refusal(small)
 
 
 def test_the_frames_of_another_dataset_are_refused(small, dataset):
@@ -402,11 +564,11 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(place, failing)
         with pytest.raises(SystemExit) as stop:
-            save_dataset(str(folder), replay, {"env_id": "A"})
+            save_dataset(str(folder), replay, META)
     message = stop.value.code
     assert str(folder) in message and "No space left on device" in message and "\n" not in message
     assert os.listdir(tmp_path) == []
-    save_dataset(str(folder), replay, {"env_id": "A"})  # and with space it works
+    save_dataset(str(folder), replay, META)  # and with space it works
     assert os.listdir(tmp_path) == ["data"]
 
 
@@ -414,13 +576,13 @@ def test_the_remains_of_a_killed_run_are_no_obstacle(small, tmp_path):
     (tmp_path / "new.tmp").mkdir()
     (tmp_path / "new.tmp" / "frames").write_bytes(b"half")
     replay = load_dataset(str(small), "cpu")[0]
-    save_dataset(str(tmp_path / "new"), replay, {"env_id": "A"})
+    save_dataset(str(tmp_path / "new"), replay, META)
     assert torch.equal(load_dataset(str(tmp_path / "new"), "cpu")[0].frames, replay.frames)
     assert sorted(os.listdir(tmp_path)) == ["data", "new"]
 
 
 def test_a_folder_may_be_written_with_a_slash_at_its_end(small, tmp_path):
     replay = load_dataset(str(small), "cpu")[0]
-    save_dataset(f"{tmp_path}/new/", replay, {"env_id": "A"})
+    save_dataset(f"{tmp_path}/new/", replay, META)
     assert load_dataset(f"{tmp_path}/new/", "cpu")[1]["rows"] == 20
     assert sorted(os.listdir(tmp_path / "new")) == ["frames", "meta.json", "steps.npz"]

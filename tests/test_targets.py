@@ -151,7 +151,8 @@ class CountingNet:
         self.encoded += obs[:, 9, 0, 0].tolist()
         return None, None, 10 * obs[:, 9, 0, 0].float()
 
-    def search(self, net, obs, legal, num_simulations, rng, noise):
+    def search(self, net, env_id, obs, legal, num_simulations, rng, noise):
+        assert env_id == "A"  # named if something is not finite
         frame = obs[:, 9, 0, 0].numpy()
         self.searched += frame.tolist()
         assert noise
@@ -165,17 +166,17 @@ def test_reanalyze_searches_each_living_state_once_per_target_network(monkeypatc
     replay = replay_of([1, 0, 1, 1, 1, 0], [0, 0, LIFE_LOST, 0, 0, 0], [1, 1, 1, 1, 1, 0])
     legal = np.ones(18, bool)
     targets = make_targets(replay, np.array([0, 1, 1]), np.full(3, 2), 2, 0.5)
-    assert reanalyze(net, 1, replay, targets, legal, 5, None) is not None
+    assert reanalyze(net, 1, "A", replay, targets, legal, 5, None) is not None
     assert sorted(net.searched) == [0, 1, 2] and net.encoded == []  # row 2's value came with its search
     batch = make_batch(replay, targets, np.ones(3), np.random.default_rng(0), torch.Generator())
     np.testing.assert_allclose(batch.value, [[1 + 0.25 * 20, 0.5, 1], [0.5, 1, 0], [0.5, 1, 0]])
     np.testing.assert_array_equal(batch.policy.argmax(-1), [[0, 1, 2], [1, 2, 0], [1, 2, 0]])
     np.testing.assert_array_equal(batch.policy.sum(-1), [[1, 1, 1], [1, 1, 0], [1, 1, 0]])  # terminal: all zero
     # the same network again: nothing to do; rows 3 and 4 are new to it, row 5 is only bootstrapped from
-    assert reanalyze(net, 1, replay, targets, legal, 5, None) is None
+    assert reanalyze(net, 1, "A", replay, targets, legal, 5, None) is None
     targets = make_targets(replay, np.array([3]), np.full(1, 2), 1, 0.5)
-    reanalyze(net, 1, replay, targets, legal, 5, None)
+    reanalyze(net, 1, "A", replay, targets, legal, 5, None)
     assert sorted(net.searched) == [0, 1, 2, 3, 4] and net.encoded == [5]
     # the next network: everything that the batch needs is stale
-    reanalyze(net, 2, replay, targets, legal, 5, None)
+    reanalyze(net, 2, "A", replay, targets, legal, 5, None)
     assert sorted(net.searched) == [0, 1, 2, 3, 3, 4, 4] and net.encoded == [5, 5]
