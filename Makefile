@@ -1,16 +1,20 @@
 # make quickstart   the whole pipeline on real Atari, tiny and on the CPU
-# make test         every test
+# make test         every test but the long ones
+# make faults       the long ones, about an hour: kills at random instants, memory over half an hour
 # make lint         ruff: rules and formatting
 # make clean        removes the virtual environment and the caches; runs/ and data/ stay
 PYTHON ?= python3
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test faults lint clean
 
 quickstart: .venv/installed
 	PYTHON=.venv/bin/python sh benchmark/quickstart.sh
 
 test: .venv/installed
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n logical --dist loadfile
+
+faults: .venv/installed
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -s -m faults
 
 lint: .venv/installed
 	.venv/bin/python -m ruff check .

@@ -258,30 +258,6 @@ def load_task(folder, device):
 
 
 # Copied from pretrain_teacher.py
-def replay_state(replay, version):
-    """What a checkpoint keeps of a replay: priorities, and the targets of `version`, the current target network. Older
-    targets are never read again; frames, actions and rewards come back from the dataset or the game."""
-    fresh = np.flatnonzero(replay.value_version[: replay.size] == version)  # [n]
-    names = ("policy", "value", "policy_version", "value_version")
-    targets = {name: torch.from_numpy(getattr(replay, name)[fresh]) for name in names}
-    return targets | {"fresh": torch.from_numpy(fresh), "priority": torch.from_numpy(replay.priority[: replay.size])}
-
-
-# Copied from pretrain_teacher.py
-def restore_replay(replay, state):
-    """Puts back what `replay_state` kept; exits with one line if it is not of this replay."""
-    try:
-        for name in ("policy", "value", "policy_version", "value_version"):
-            getattr(replay, name)[state["fresh"].numpy()] = state[name].numpy()
-        replay.priority[: replay.size] = state["priority"].numpy()
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-        raise SystemExit(f"error: the checkpoint has another replay ({error}); was its dataset exchanged?") from None
-    acted, priority = replay.acted[: replay.size], replay.priority[: replay.size]
-    if not (np.isfinite(priority).all() and ((priority > 0) == acted).all()):
-        raise SystemExit("error: the checkpoint has priorities that are not finite and above 0; start the run anew")
-
-
-# Copied from pretrain_teacher.py
 def sample(replay, batch_size, beta, rng):
     """Draws rows without replacement with `P(i) ~ priority_i^0.6` -> rows [B], weights `(N * P(i))^-beta / max` [B]."""
     probs = replay.priority[: replay.size] ** 0.6  # [R]
@@ -568,12 +544,10 @@ if __name__ == "__main__":
     # the run folder, and if the run goes on, all that it had
     lock = model.lock_folder(run_dir)
     inputs = [model.sha256(f"{folder}/targets.json") for folder in args.teachers]
-    parts = {"net": net, "optimizer": optimizer, "rng": rng, "generator": generator}
+    parts, replays = {"net": net, "optimizer": optimizer, "rng": rng, "generator": generator}, [t.replay for t in tasks]
     if checkpoint:
         kinds = {"updates": int, "evaluated": int, "scores": dict, "evaluations": str}
-        updates, evaluated, scores, evaluations = model.restore(run_dir, checkpoint, inputs, parts, **kinds)
-        for task, state in zip(tasks, checkpoint["replays"], strict=True):
-            restore_replay(task.replay, state)
+        updates, evaluated, scores, evaluations = model.restore(run_dir, checkpoint, inputs, parts, replays, **kinds)
     if args.resume:
         model.rewind_events(run_dir, checkpoint)
 
@@ -597,10 +571,9 @@ if __name__ == "__main__":
                     bar.set_postfix(eval_return=f"{np.mean(list(scores.values())):.1f}")
             if interrupted or evaluated == updates or updates % args.checkpoint_every == 0:
                 writer.flush()
-                states = [replay_state(task.replay, version=1) for task in tasks]  # no targets: they are the teachers'
                 values = {"updates": updates, "evaluated": evaluated, "scores": scores, "evaluations": evaluations}
-                keep_going = not (last or interrupted)
-                saved = model.save_checkpoint(run_dir, args, inputs, parts, states, values, keep_going)
+                content = parts, replays, 1, values  # no targets of version 1: they are the teachers'
+                saved = model.save_checkpoint(run_dir, args, inputs, *content, keep_going=not (last or interrupted))
             if evaluated == updates and saved:
                 model.write_file(f"{run_dir}/evaluations.csv", evaluations.encode(), keep_going=not last)
                 saved_args = vars(args) | {"teachers": [os.path.relpath(folder, run_dir) for folder in args.teachers]}

@@ -244,21 +244,21 @@ def play(envs, replay, games, action, env_steps, total_timesteps, has_lives):
     return env_steps + int(acted.sum())
 
 
-def replay_games(envs, replay, games, actions, checksum, total_timesteps, has_lives):
-    """Plays the action log of a checkpoint, uint8 [T, E], again -> environment steps. Changes `replay` and `games`.
+def replay_games(envs, replay, games, values, total_timesteps, has_lives):
+    """Plays the action log of a checkpoint's values again -> environment steps. Changes `replay` and `games`.
 
-    Exits with one line if the games do not show what they showed then.
+    The log is uint8 [T, E]. Exits with one line if the games do not show what they showed then.
     """
-    if actions.dtype != torch.uint8 or actions.shape[1:] != (replay.num_envs,) or (actions >= 18).any():
+    actions, checksum = values.get("actions"), values.get("checksum")
+    is_log = isinstance(actions, torch.Tensor) and actions.dtype == torch.uint8 and actions.ndim == 2
+    if not is_log or actions.shape[1] != replay.num_envs or (actions >= 18).any():
         raise SystemExit("error: the checkpoint has no action log of these environments; start the run anew")
     env_steps = 0
     for action in tqdm(actions.long().numpy(), unit="step", desc="replaying the games", leave=False):
         env_steps = play(envs, replay, games, action, env_steps, total_timesteps, has_lives)
     if games.checksum.hexdigest() != checksum:
-        hint = "go on with the ale-py, ROM or environment that it was started with; its seed must fix what it shows"
-        raise SystemExit(
-            f"error: the games differ from those of the checkpoint (ale-py is {version('ale-py')}); {hint}"
-        )
+        found = f"error: the games differ from those of the checkpoint (ale-py is {version('ale-py')})"
+        raise SystemExit(f"{found}; go on with the ale-py, ROM or environment that the run was started with")
     return env_steps
 
 
@@ -386,30 +386,6 @@ def load_task(folder, device):
     replay.policy[:] = arrays["visits"] / meta["num_simulations"]
     replay.value[:] = arrays["value"]
     return Task(env_id, score, replay)
-
-
-# Copied from pretrain_teacher.py
-def replay_state(replay, version):
-    """What a checkpoint keeps of a replay: priorities, and the targets of `version`, the current target network. Older
-    targets are never read again; frames, actions and rewards come back from the dataset or the game."""
-    fresh = np.flatnonzero(replay.value_version[: replay.size] == version)  # [n]
-    names = ("policy", "value", "policy_version", "value_version")
-    targets = {name: torch.from_numpy(getattr(replay, name)[fresh]) for name in names}
-    return targets | {"fresh": torch.from_numpy(fresh), "priority": torch.from_numpy(replay.priority[: replay.size])}
-
-
-# Copied from pretrain_teacher.py
-def restore_replay(replay, state):
-    """Puts back what `replay_state` kept; exits with one line if it is not of this replay."""
-    try:
-        for name in ("policy", "value", "policy_version", "value_version"):
-            getattr(replay, name)[state["fresh"].numpy()] = state[name].numpy()
-        replay.priority[: replay.size] = state["priority"].numpy()
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-        raise SystemExit(f"error: the checkpoint has another replay ({error}); was its dataset exchanged?") from None
-    acted, priority = replay.acted[: replay.size], replay.priority[: replay.size]
-    if not (np.isfinite(priority).all() and ((priority > 0) == acted).all()):
-        raise SystemExit("error: the checkpoint has priorities that are not finite and above 0; start the run anew")
 
 
 # Copied from pretrain_teacher.py
@@ -716,7 +692,7 @@ def save_gif(path, frames):
     """Writes a list of uint8 frames [96, 96, 3] as a gif of 15 frames a second, three times as large."""
     images = (Image.fromarray(frame).resize((288, 288), Image.NEAREST) for frame in frames)
     options = {"save_all": True, "append_images": images, "duration": 67, "loop": 0}
-    model.write_file(path, lambda file: next(images).save(file, "GIF", **options))
+    model.write_file(path, lambda file: next(images).save(file, "GIF", **options), keep_going=True)
 
 
 # Copied from pretrain_teacher.py
@@ -839,6 +815,7 @@ if __name__ == "__main__":
     # env setup
     envs, has_lives = make_envs(args.env_id, args.num_envs, life_loss_ends=True), atari_rom(args.env_id) is not None
     replay = Replay(replay_rows, args.num_envs, device)
+    replays = [replay, *[task.replay for task in tasks]]
     games = start_games(envs, replay, seed=1000 * args.seed % 2_000_000_000)
     env_steps = updates = 0
     evaluated, scores = -1, {}  # evaluated: when the last evaluation was, in updates
@@ -851,13 +828,11 @@ if __name__ == "__main__":
         parts = {"net": net, "self_play": self_play_net, "target": target_net, "next_target": next_target_net}
         parts |= {"optimizer": optimizer, "rng": rng, "generator": generator}
         kinds = {"updates": int, "evaluated": int, "scores": dict, "evaluations": str, "measured": int}
-        kinds |= {"eta": (m,), "similar": (m,), "actions": torch.Tensor, "checksum": str}
-        values = model.restore(run_dir, checkpoint, inputs, parts, **kinds)
-        updates, evaluated, scores, evaluations, measured, eta, similar, actions, checksum = values
+        kinds |= {"eta": (m,), "similar": (m,)}
+        env_steps = replay_games(envs, replay, games, checkpoint["values"], args.total_timesteps, has_lives)
+        values = model.restore(run_dir, checkpoint, inputs, parts, replays, **kinds)
+        updates, evaluated, scores, evaluations, measured, eta, similar = values
         eta, similar = eta.to(device), similar.to(device)
-        env_steps = replay_games(envs, replay, games, actions, checksum, args.total_timesteps, has_lives)
-        for memory, state in zip([replay, *[task.replay for task in tasks]], checkpoint["replays"], strict=True):
-            restore_replay(memory, state)
     if args.resume:
         model.rewind_events(run_dir, checkpoint)
 
@@ -882,14 +857,12 @@ if __name__ == "__main__":
                 writer.flush()
                 parts = {"net": net, "self_play": self_play_net, "target": target_net, "next_target": next_target_net}
                 parts |= {"optimizer": optimizer, "rng": rng, "generator": generator}
-                memories = [replay, *[task.replay for task in tasks]]
-                states = [replay_state(memory, max(1, updates // 200)) for memory in memories]
                 values = {"updates": updates, "evaluated": evaluated, "scores": scores, "evaluations": evaluations}
                 values |= {"measured": measured, "eta": eta, "similar": similar}
                 actions = replay.action[: replay.size - args.num_envs].reshape(-1, args.num_envs).astype(np.uint8)
                 values |= {"actions": torch.from_numpy(actions), "checksum": games.checksum.hexdigest()}
-                keep_going = not (last or interrupted)
-                saved = model.save_checkpoint(run_dir, args, inputs, parts, states, values, keep_going)
+                content = parts, replays, max(1, updates // 200), values
+                saved = model.save_checkpoint(run_dir, args, inputs, *content, keep_going=not (last or interrupted))
             if evaluated == updates and saved:
                 model.write_file(f"{run_dir}/evaluations.csv", evaluations.encode(), keep_going=not last)
                 saved_args = vars(args) | {"teachers": [os.path.relpath(folder, run_dir) for folder in teachers]}

@@ -541,12 +541,30 @@ def rewind_events(folder, checkpoint):
             os.remove(f"{folder}/{name}")
 
 
-def save_checkpoint(run_dir, args, inputs, parts, replays, values, keep_going=False):
+def replay_state(replay, version):
+    """What a checkpoint keeps of a replay: priorities, and the targets of `version`, the current target network. Older
+    targets are never read again; frames, actions and rewards come back from the dataset or the game."""
+    fresh = np.flatnonzero(replay.value_version[: replay.size] == version)  # [n]
+    names = ("policy", "value", "policy_version", "value_version")
+    targets = {name: torch.from_numpy(getattr(replay, name)[fresh]) for name in names}
+    return targets | {"fresh": torch.from_numpy(fresh), "priority": torch.from_numpy(replay.priority[: replay.size])}
+
+
+def restore_replay(replay, state):
+    """Puts back what `replay_state` kept; raises a ValueError or its like if it is not of this replay."""
+    for name in ("policy", "value", "policy_version", "value_version"):
+        getattr(replay, name)[state["fresh"].numpy()] = state[name].numpy()
+    replay.priority[: replay.size] = priority = state["priority"].numpy()
+    if not (np.isfinite(priority).all() and ((priority > 0) == replay.acted[: replay.size]).all()):
+        raise ValueError("priorities are not finite and above 0 where there are actions")
+
+
+def save_checkpoint(run_dir, args, inputs, parts, replays, version, values, keep_going=False):
     """Writes all that a run needs to go on exactly as if it had not stopped.
 
-    args: the script's Args; inputs: sha256 of what it reads; parts: {name: network, optimizer or generator}; replays:
-    what `replay_state` says of each; values: counters and results, tensors and plain values. keep_going and the
-    return value: as of `write_file`.
+    args: the script's Args; inputs: sha256 of what it reads; parts: {name: network, optimizer or generator}; version:
+    of the current target network; values: counters and results, tensors and plain values. keep_going and the return
+    value: as of `write_file`.
     """
     states = {}
     for name, part in parts.items():
@@ -555,7 +573,7 @@ def save_checkpoint(run_dir, args, inputs, parts, replays, values, keep_going=Fa
         else:
             states[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
     content = {"format": CHECKPOINT_FORMAT, "args": vars(args), "inputs": inputs, "events": event_sizes(run_dir)}
-    content |= {"states": states, "replays": replays, "values": values}
+    content |= {"states": states, "replays": [replay_state(x, version) for x in replays], "values": values}
     return save_torch(f"{run_dir}/checkpoint.pt", content, keep_going)
 
 
@@ -582,8 +600,8 @@ def load_checkpoint(args):
     return checkpoint
 
 
-def restore(run_dir, checkpoint, inputs, parts, **kinds):
-    """Gives `parts` their states of `save_checkpoint` back -> the values named in `kinds`, in that order.
+def restore(run_dir, checkpoint, inputs, parts, replays, **kinds):
+    """Gives parts and replays their states of `save_checkpoint` back -> the values named in `kinds`, in that order.
 
     kinds: {name: type, or shape of a tensor}. Exits with one line if the checkpoint does not fit or if an input file is
     another one.
@@ -603,11 +621,13 @@ def restore(run_dir, checkpoint, inputs, parts, **kinds):
             for parameter, momentum in part.state.items() if isinstance(part, torch.optim.Optimizer) else ():
                 if momentum["momentum_buffer"].shape != parameter.shape:
                     raise ValueError(f"the shapes of {name} differ")
+        for replay, state in zip(replays, checkpoint["replays"], strict=True):
+            restore_replay(replay, state)
         values = [checkpoint["values"][name] for name in kinds]
         for (name, kind), value in zip(kinds.items(), values, strict=True):
             if tuple(value.shape) != kind if isinstance(kind, tuple) else type(value) is not kind:
                 raise ValueError(f"{name} is {type(value).__name__}, expected {kind}")
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         hint = "start with the same files on the same kind of device, or in another --run-dir"
         raise SystemExit(f"error: {path} does not fit this run ({reason}); {hint}") from None
@@ -636,7 +656,7 @@ def check_finite(loss, gradient_norm, terms, sample_names, net, batch):
 
 @contextlib.contextmanager
 def one_line_errors(run_dir, bar):
-    """Ends the run with one line where a number is not finite or TensorBoard cannot write. bar: counts the updates."""
+    """Ends the run with one line where a number is not finite or a log cannot be written. bar: counts the updates."""
     threading.excepthook = lambda _: None  # of TensorBoard's thread; the next `add_scalar` raises its error here
     try:
         yield
@@ -648,7 +668,7 @@ def one_line_errors(run_dir, bar):
         raise SystemExit(f"error: {what} is not finite at update {bar.n}; {hint}") from None
     except OSError as error:  # its curves would have a hole
         hint = "free space, then start again with --resume"
-        raise SystemExit(f"error: {run_dir}: TensorBoard's file could not be written ({error}); {hint}") from None
+        raise SystemExit(f"error: {run_dir}: TensorBoard or the terminal cannot be written ({error}); {hint}") from None
 
 
 def free_memory():
@@ -678,15 +698,15 @@ def check_memory(device, run_dir, config, rows, samples, roots, num_simulations,
     channels, lstm_size, blocks = config.channels, config.lstm_size, config.blocks
     with torch.device("meta"):
         weights = 4 * sum(parameter.numel() for parameter in EfficientZeroNet(config).parameters())
-    training = samples * (16 * channels * (1908 * blocks + 1440) + 2_500_000)
+    training = samples * (19 * channels * (1908 * blocks + 1440) + 3_000_000)
     search = roots * (4 * num_simulations * (36 * channels + 2 * lstm_size) + 9216 * (12 * 9 + 2 * channels))
     work = 5 * weights + max(training, search) * (0.5 if device.type == "cuda" else 1)  # bf16
-    data, rest = rows * 3 * 96 * 96, rows * 130 + 600_000_000
+    data, rest = rows * 3 * 96 * 96, rows * 130 + (3e9 if device.type == "cuda" else 6e8)  # libraries
     run_dir = pathlib.Path(run_dir).absolute()
     folder = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
     needs = {"disk": (disk + 8 * weights, shutil.disk_usage(folder).free)}
     if device.type == "cuda":
-        needs |= {"GPU memory": (data + work, torch.cuda.mem_get_info(device)[0]), "RAM": (4 * rest, free_memory())}
+        needs |= {"GPU memory": (data + work, torch.cuda.mem_get_info(device)[0]), "RAM": (rest, free_memory())}
     else:
         needs |= {"RAM": (data + work + rest, free_memory())}
     texts = [f"{needed / 1e9:.1f} GB of {name} ({free / 1e9:.1f} free)" for name, (needed, free) in needs.items()]

@@ -209,28 +209,6 @@ def load_dataset(folder, device):
     return replay, meta
 
 
-def replay_state(replay, version):
-    """What a checkpoint keeps of a replay: priorities, and the targets of `version`, the current target network. Older
-    targets are never read again; frames, actions and rewards come back from the dataset or the game."""
-    fresh = np.flatnonzero(replay.value_version[: replay.size] == version)  # [n]
-    names = ("policy", "value", "policy_version", "value_version")
-    targets = {name: torch.from_numpy(getattr(replay, name)[fresh]) for name in names}
-    return targets | {"fresh": torch.from_numpy(fresh), "priority": torch.from_numpy(replay.priority[: replay.size])}
-
-
-def restore_replay(replay, state):
-    """Puts back what `replay_state` kept; exits with one line if it is not of this replay."""
-    try:
-        for name in ("policy", "value", "policy_version", "value_version"):
-            getattr(replay, name)[state["fresh"].numpy()] = state[name].numpy()
-        replay.priority[: replay.size] = state["priority"].numpy()
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-        raise SystemExit(f"error: the checkpoint has another replay ({error}); was its dataset exchanged?") from None
-    acted, priority = replay.acted[: replay.size], replay.priority[: replay.size]
-    if not (np.isfinite(priority).all() and ((priority > 0) == acted).all()):
-        raise SystemExit("error: the checkpoint has priorities that are not finite and above 0; start the run anew")
-
-
 def stack_frames(replay, rows):
     """The network's input at the states `rows` [n]: uint8 [n, 12, 96, 96], oldest frame first.
 
@@ -566,9 +544,7 @@ if __name__ == "__main__":
         parts = {"net": net, "target": target_net, "next_target": next_target_net, "optimizer": optimizer}
         parts |= {"rng": rng, "generator": generator}
         kinds = {"updates": int, "evaluated": int, "scores": dict, "evaluations": str}
-        updates, evaluated, scores, evaluations = model.restore(run_dir, checkpoint, inputs, parts, **kinds)
-        for replay, state in zip(replays, checkpoint["replays"], strict=True):
-            restore_replay(replay, state)
+        updates, evaluated, scores, evaluations = model.restore(run_dir, checkpoint, inputs, parts, replays, **kinds)
     if args.resume:
         model.rewind_events(run_dir, checkpoint)
 
@@ -593,10 +569,9 @@ if __name__ == "__main__":
                 writer.flush()
                 parts = {"net": net, "target": target_net, "next_target": next_target_net, "optimizer": optimizer}
                 parts |= {"rng": rng, "generator": generator}
-                states = [replay_state(replay, max(1, updates // 200)) for replay in replays]
                 values = {"updates": updates, "evaluated": evaluated, "scores": scores, "evaluations": evaluations}
-                keep_going = not (last or interrupted)
-                saved = model.save_checkpoint(run_dir, args, inputs, parts, states, values, keep_going)
+                content = parts, replays, max(1, updates // 200), values
+                saved = model.save_checkpoint(run_dir, args, inputs, *content, keep_going=not (last or interrupted))
             if evaluated == updates and saved:
                 model.write_file(f"{run_dir}/evaluations.csv", evaluations.encode(), keep_going=not last)
                 saved_args = vars(args) | {"datasets": [os.path.relpath(folder, run_dir) for folder in args.datasets]}
