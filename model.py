@@ -307,10 +307,6 @@ def write_file(path, content, keep_going=False):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        os.fsync(folder)  # the new name survives a power failure too
-        os.close(folder)
-        return True
     except OSError as error:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -319,6 +315,11 @@ def write_file(path, content, keep_going=False):
             raise SystemExit(f"error: {problem}") from None
         print(f"\nwarning: {problem}. The file is as it was, and the run goes on", file=sys.stderr)
         return False
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    with contextlib.suppress(OSError):  # the new name survives a power failure too, where the file system can do that
+        os.fsync(folder)
+    os.close(folder)
+    return True
 
 
 def sha256(path):
@@ -484,7 +485,7 @@ INTERRUPTED = 75  # exit status "start me again with --resume"; EX_TEMPFAIL of s
 
 def catch_signals():
     """From now on SIGINT, SIGTERM and SIGUSR1 only put their name into the list that this returns; the run looks at it
-    after each update. The second SIGINT ends the process at once."""
+    after each update. Once one has come, SIGINT ends the process at once."""
     interrupted = []
 
     def note(number, frame):
@@ -510,9 +511,6 @@ def lock_folder(folder):
     except OSError as error:
         reason = f"{error.strerror}, expected a folder that can be written"
         raise SystemExit(f"error: --run-dir {folder}: {reason}; choose another") from None
-    for name in os.listdir(folder):
-        if name.endswith(".tmp"):  # of a process that was killed while it wrote
-            os.remove(f"{folder}/{name}")
     return lock
 
 

@@ -572,7 +572,7 @@ if __name__ == "__main__":
                 values = {"updates": updates, "evaluated": evaluated, "scores": scores, "evaluations": evaluations}
                 content = parts, replays, max(1, updates // 200), values
                 saved = model.save_checkpoint(run_dir, args, inputs, *content, keep_going=not (last or interrupted))
-            if evaluated == updates and saved:
+            if evaluated == updates and saved and not os.path.exists(f"{run_dir}/targets.json"):  # which names model.pt
                 model.write_file(f"{run_dir}/evaluations.csv", evaluations.encode(), keep_going=not last)
                 saved_args = vars(args) | {"datasets": [os.path.relpath(folder, run_dir) for folder in args.datasets]}
                 counters = {"updates": updates, "scores": scores}
@@ -621,11 +621,11 @@ if __name__ == "__main__":
                     log_search(writer, result, updates)
             updates += 1
             bar.update()
+        if m == 1 and not os.path.exists(f"{run_dir}/targets.json"):  # its search policy and value for every state
+            settings = env_ids[0], replays[0], legal[0], args.num_simulations, rng, interrupted
+            write_targets(run_dir, args.datasets[0], model.inference_copy(net), *settings)
         writer.close()
 
-    if m == 1 and not os.path.exists(f"{run_dir}/targets.json"):  # its search policy and value for every state
-        settings = env_ids[0], replays[0], legal[0], args.num_simulations, rng, interrupted
-        write_targets(run_dir, args.datasets[0], model.inference_copy(net), *settings)
     if interrupted:
         print(f"{run_dir}: stopped at update {updates} by {interrupted[0]}. Next: the same command with --resume")
         sys.exit(model.INTERRUPTED)

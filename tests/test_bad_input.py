@@ -6,9 +6,12 @@ The scripts run in this process, since each start of an interpreter takes second
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,11 +19,12 @@ import torch
 
 import finetune
 import pretrain_teacher
-from model import EfficientZeroNet, ModelConfig, save_model, write_manifest
+from model import EfficientZeroNet, ModelConfig, lock_folder, save_model, save_torch, write_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 GAME, OTHER, TARGET = "toy_env:Catch-v1", "toy_env:Catch-v2", "toy_env:Catch-v0"
 STEPS = 30  # of each dataset
+SETTINGS = {"frame": [96, 96, 3], "frameskip": 4, "sticky_actions": 0.0, "num_envs": 1}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*out of date")
 
@@ -33,7 +37,7 @@ def make_dataset(folder, env_id, seed=0):
     for _ in range(STEPS + 1):
         finetune.add_frames(replay, rng.integers(0, 256, (1, 96, 96, 3), dtype=np.uint8), age=0)
     replay.acted[:STEPS] = True
-    finetune.save_dataset(str(folder), replay, {"env_id": env_id})
+    finetune.save_dataset(str(folder), replay, {"env_id": env_id, "settings": SETTINGS})
 
 
 def make_network(folder, env_ids, **args):
@@ -45,7 +49,7 @@ def make_network(folder, env_ids, **args):
 
 
 def make_teacher(folder, dataset, env_id):
-    def run_search(net, obs, legal, num_simulations, rng, noise):
+    def run_search(net, env_id, obs, legal, num_simulations, rng, noise):
         visits = np.zeros((len(obs), 18), np.int32)
         visits[:, 0] = num_simulations
         return type("Result", (), {"visits": visits}), np.zeros(len(obs), np.float32)
@@ -54,7 +58,8 @@ def make_teacher(folder, dataset, env_id):
     replay = pretrain_teacher.load_dataset(str(dataset), "cpu")[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain_teacher, "run_search", run_search)
-        pretrain_teacher.write_targets(str(folder), str(dataset), None, replay, np.ones(18, bool), 5, None)
+        settings = None, env_id, replay, np.ones(18, bool), 5, None, []
+        pretrain_teacher.write_targets(str(folder), str(dataset), *settings)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +78,7 @@ def work(made, tmp_path, monkeypatch):
     """A working folder with a copy of them, to be damaged."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("model.free_memory", lambda: 10**12)  # the default widths are not to fail for this machine's
     return tmp_path
 
 
@@ -81,10 +87,16 @@ def contents(folder):
 
 
 def run(monkeypatch, script, *flags):
-    """Runs the script in this process; returns what it exits with, None at the end of a whole run."""
+    """Runs the script in this process; returns what it exits with."""
     monkeypatch.setattr(sys, "argv", [script, *flags])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # a script replaces it, and its signal handlers
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return stop.value.code
 
 
@@ -157,10 +169,25 @@ def damage_truncated(folder):
         file.truncate(1000)
 
 
+def rewrite_meta(folder, format="xtra-dataset-1", **changed):
+    fields = {"env_id": GAME, "settings": SETTINGS, "rows": STEPS + 1, "env_steps": STEPS} | changed
+    write_manifest(f"{folder}/meta.json", format, fields, ["frames", "steps.npz"])
+
+
 def damage_version(folder):
-    write_manifest(
-        f"{folder}/meta.json", "xtra-dataset-0", {"rows": STEPS + 1, "env_id": GAME}, ["frames", "steps.npz"]
-    )
+    rewrite_meta(folder, "xtra-dataset-0")
+
+
+def damage_settings(folder):
+    rewrite_meta(folder, settings=SETTINGS | {"sticky_actions": 0.25})
+
+
+def damage_no_rows(folder):
+    rewrite_meta(folder, rows=0)
+
+
+def damage_field(folder):
+    rewrite_meta(folder, rows="31")
 
 
 def damage_flipped_byte(folder):
@@ -176,6 +203,9 @@ def damage_flipped_byte(folder):
         (damage_a_file_in_its_place, "meta.json"),
         (damage_truncated, "data-one/frames is damaged"),
         (damage_version, "'xtra-dataset-0'"),
+        (damage_settings, "'sticky_actions': 0.25"),
+        (damage_no_rows, "has 0 rows"),
+        (damage_field, "rows (int)"),
         (damage_flipped_byte, "data-one/steps.npz is damaged"),
     ],
 )
@@ -233,6 +263,43 @@ def test_a_teacher_that_lacks_a_file_or_has_a_damaged_one(work, monkeypatch, nam
         assert f"teacher-one/{name} not found" in refused(monkeypatch, script, *flags)
 
 
+def rewrite_targets(visits=5, value=0.0, rows=STEPS + 1, **changed):
+    """Other answers of teacher-one, with right checksums: what was written wrong, not damaged."""
+    arrays = {"visits": np.zeros((rows, 18), np.uint16), "value": np.full(rows, value, np.float32)}
+    arrays["visits"][:, 3] = visits
+    np.savez("teacher-one/targets.npz", **arrays)
+    fields = {"dataset": "../data-one", "rows": rows, "num_simulations": 5} | changed
+    files = ["model.pt", "targets.npz", "../data-one/meta.json"]
+    write_manifest("teacher-one/targets.json", "xtra-targets-1", fields, files)
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"rows": STEPS}, "does not fit its dataset"),
+        ({"rows": 0}, "rows or num_simulations out of range"),
+        ({"visits": 4}, "does not fit its dataset"),
+        ({"value": np.inf}, "does not fit its dataset"),
+        ({"num_simulations": 0}, "rows or num_simulations out of range"),
+        ({"num_simulations": 2**16}, "rows or num_simulations out of range"),
+        ({"num_simulations": 5.0}, "num_simulations (int)"),
+        ({"dataset": None}, "dataset (str)"),
+        ({"dataset": "../data-two"}, "does not fit its dataset"),  # of a game that the teacher has no score in
+    ],
+    ids=str,
+)
+def test_a_teacher_whose_answers_are_wrong(work, monkeypatch, changed, words):
+    rewrite_targets(**changed)
+    for script, flags in {"distill.py": TEACHERS, "finetune.py": XTRA}.items():
+        message = refused(monkeypatch, script, *flags)
+        assert "teacher-one" in message and words in message
+
+
+def test_rewritten_answers_are_accepted_where_they_are_right(work):
+    rewrite_targets()  # the test above changes one thing of what is right
+    assert finetune.load_task("teacher-one", "cpu").score == 1.0
+
+
 @pytest.mark.parametrize("folder", ["student", "data-one", "nowhere"])
 def test_a_folder_that_is_no_teacher(work, monkeypatch, folder):
     assert folder in refused(monkeypatch, "distill.py", "--teachers", folder)
@@ -287,6 +354,7 @@ COUNTS = [
     "eval-max-frames",
     "channels",
     "blocks",
+    "checkpoint-every",
 ]
 OF_FINETUNE = ["num-envs", "offline-batch-size", "similarity-interval", "similarity-updates"]
 
@@ -311,19 +379,84 @@ def test_a_learning_rate_is_a_number_of_0_or_more(work, monkeypatch, script, val
     assert f"--learning-rate is {float(value)}" in message
 
 
+def small(script):
+    """A good run of the smallest size, but for its --run-dir."""
+    short = ["--offline-batch-size", "20", "--total-timesteps", "40", "--learning-starts", "20"]
+    flags = {"finetune.py": XTRA + short, "distill.py": TEACHERS}.get(script, ["--datasets", "data-one"])
+    return [*flags, "--batch-size", "20"]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_folder_in_use(work, monkeypatch, script):
+@pytest.mark.parametrize("files", [["evaluations.csv"], ["checkpoint.pt"], ["checkpoint.pt", "evaluations.csv"]])
+def test_a_run_folder_in_use(work, monkeypatch, script, files):
+    os.makedirs("runs/mine")
+    for name in files:
+        Path("runs/mine", name).touch()
+    message = refused(monkeypatch, script, *small(script), "--run-dir", "runs/mine")
+    assert "--run-dir runs/mine holds a run already" in message and "--resume" in message
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_folder_of_another_process(work, monkeypatch, script):
+    with lock_folder("runs/mine"):
+        for flags in ([], ["--resume"]):
+            message = refused(monkeypatch, script, *small(script), "--run-dir", "runs/mine", *flags)
+            assert "--run-dir runs/mine is in use by another process" in message
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("flags", [[], ["--resume"]])
+def test_a_run_folder_that_is_a_file(work, monkeypatch, script, flags):
+    Path("mine").write_text("a file")
+    for folder in ("mine", "mine/run"):
+        message = refused(monkeypatch, script, *small(script), "--run-dir", folder, *flags)
+        assert f"--run-dir {folder}" in message
+    assert Path("mine").read_text() == "a file"
+
+
+# ---- what cannot be continued
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_resume_without_a_run_folder(work, monkeypatch, script):
+    assert "--resume needs the --run-dir" in refused(monkeypatch, script, *small(script), "--resume")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_without_its_checkpoint(work, monkeypatch, script):
     os.makedirs("runs/mine")
     Path("runs/mine/evaluations.csv").touch()
-    flags = {"finetune.py": ["--env-id", TARGET], "distill.py": TEACHERS}.get(script, ["--datasets", "data-one"])
-    assert "--run-dir runs/mine" in refused(monkeypatch, script, *flags, "--run-dir", "runs/mine")
+    message = refused(monkeypatch, script, *small(script), "--run-dir", "runs/mine", "--resume")
+    assert "--run-dir runs/mine holds a run without a checkpoint" in message
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_folder_that_is_a_file(work, monkeypatch, script):
-    Path("mine").touch()
-    flags = {"finetune.py": ["--env-id", TARGET], "distill.py": TEACHERS}.get(script, ["--datasets", "data-one"])
-    assert "mine" in refused(monkeypatch, script, *flags, "--batch-size", "20", "--run-dir", "mine")
+def test_a_checkpoint_that_is_none(work, monkeypatch, script):
+    os.makedirs("runs/mine")
+    flags = [*small(script), "--run-dir", "runs/mine", "--resume"]
+    Path("runs/mine/checkpoint.pt").write_bytes(b"nothing of the kind")
+    assert "runs/mine/checkpoint.pt is damaged" in refused(monkeypatch, script, *flags)
+    shutil.copy("student/model.pt", "runs/mine/checkpoint.pt")
+    assert "expected 'xtra-checkpoint-2'" in refused(monkeypatch, script, *flags)
+    save_torch("runs/mine/checkpoint.pt", {"format": "xtra-checkpoint-2", "args": {"seed": 1}})
+    assert "expected a run of this script" in refused(monkeypatch, script, *flags)
+
+
+# ---- a machine that is too small
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_that_the_memory_does_not_suffice_for(work, monkeypatch, script):
+    monkeypatch.setattr("model.free_memory", lambda: 10**8)
+    message = refused(monkeypatch, script, *small(script), "--run-dir", "runs/mine")
+    assert "GB of RAM (0.1 free)" in message and "--batch-size" in message
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_that_the_disk_does_not_suffice_for(work, monkeypatch, script):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10**5))
+    message = refused(monkeypatch, script, *small(script), "--run-dir", "runs/mine")
+    assert "GB of disk (0.0 free)" in message and "--run-dir" in message
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

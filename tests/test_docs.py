@@ -46,6 +46,7 @@ def commands(name):
         lines = re.findall(r"^    ((?:\w+=\w+ )?python .*)$", read(name), re.M)
     variables = {"RUN": "runs/x"}
     for line in lines:
+        line = line.strip().removeprefix("srun ")
         for key, value in sorted(variables.items(), key=lambda item: -len(item[0])):
             line = line.replace(f"${key}", value)
         if assignment := re.fullmatch(r"""(\w+)=("[^"$]*"|[^\s"$]+)""", line):
@@ -82,7 +83,8 @@ def test_flags_named_in_the_pages_exist():
             flag = field.name.replace("_", "-")
             flags |= {f"--{flag}", f"--no-{flag}"} if isinstance(field.default, bool) else {f"--{flag}"}
     for page in PAGES:
-        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", read(page))) <= flags, page
+        text = re.sub(r"^#SBATCH .*$", "", read(page), flags=re.M)  # Slurm's own
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= flags, page
 
 
 def test_files_and_functions_named_in_the_pages_exist():
@@ -127,7 +129,7 @@ def test_sizes():
     assert stated.keys() == lines.keys()
     for name in FIVE:
         assert abs(lines[name] - stated[name]) <= 15, f"{name} has {lines[name]} lines, README.md says {stated[name]}"
-    assert sum(lines.values()) < 2600
+    assert sum(lines.values()) < 3300
 
 
 def test_nothing_points_outside_the_repository():

@@ -1,6 +1,8 @@
-"""Environments as the scripts see them: legal actions, frames, raw rewards, lives, ends, error messages, and Catch."""
+"""Environments as the scripts see them: legal actions, frames, raw rewards, lives, ends, error messages, and Catch;
+and the games of an evaluation."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import ale_py
 import gymnasium as gym
@@ -9,7 +11,8 @@ import pytest
 import toy_env
 from ale_py.vector_env import AtariVectorEnv
 
-from pretrain_teacher import legal_actions, make_envs
+import pretrain_teacher
+from pretrain_teacher import evaluate, legal_actions, log_evaluation, make_envs
 
 NUM_ACTIONS = {  # Table 5 of the paper
     "Alien": 18, "Amidar": 10, "Assault": 7, "BankHeist": 18, "BattleZone": 18, "Carnival": 6, "Centipede": 18,
@@ -255,3 +258,63 @@ def test_catch_variants_differ_in_colours_and_action_ids():
 
 def test_ale_py_is_a_version_with_sound_emulation():
     assert tuple(map(int, ale_py.__version__.split(".")[:2])) >= (0, 12)
+
+
+# ---- evaluation
+
+
+class Player:
+    """Stands for `run_search`: catches every block, as it sees in the newest frame; counts its steps."""
+
+    def __init__(self, monkeypatch, env_id):
+        self.env_id, self.obs = env_id, []
+        monkeypatch.setattr(pretrain_teacher, "run_search", self)
+
+    def __call__(self, net, env_id, obs, legal, num_simulations, rng, noise):
+        assert (env_id, num_simulations, noise) == (self.env_id, 4, False) and legal.shape == (len(obs), 18)
+        self.obs.append(obs)
+        block = (obs[:, 9:, :72, :48] == 255).flatten(1).any(1).numpy()  # in the left column, above the paddle's row
+        visits = np.zeros((len(obs), 18), np.int32)
+        visits[np.arange(len(obs)), np.where(block, 0, 17)] = 4
+        return SimpleNamespace(visits=visits), np.zeros(len(obs))
+
+
+@pytest.mark.filterwarnings("ignore:.*out of date")
+def test_an_evaluation_plays_whole_games(monkeypatch):
+    player, movie = Player(monkeypatch, "toy_env:Catch-v0"), []
+    returns, lengths = evaluate(None, "toy_env:Catch-v0", 3, 108_000, 4, "cpu", movie)
+    assert returns.tolist() == [8, 8, 8] and lengths.tolist() == [16, 16, 16]  # 8 drops of 2 steps
+    assert len(player.obs) == len(movie) == 16
+    for t, obs in enumerate(player.obs):  # the newest frame is the last of the stack
+        assert obs.shape == (3, 12, 96, 96) and (obs[0, 9:].permute(1, 2, 0).numpy() == movie[t]).all()
+        assert (obs[0, :3].permute(1, 2, 0).numpy() == movie[max(0, t - 3)]).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*out of date")
+def test_an_evaluation_is_cut_at_its_length(monkeypatch):
+    Player(monkeypatch, "toy_env:Catch-v0")
+    returns, lengths = evaluate(None, "toy_env:Catch-v0", 2, 27, 4, "cpu")
+    assert lengths.tolist() == [6, 6] and returns.tolist() == [3, 3]  # 27 frames are 6 steps and a rest
+
+
+@pytest.mark.filterwarnings("ignore:.*out of date")
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_an_interrupted_evaluation_stops_after_the_step_it_is_in(monkeypatch, steps):
+    player = Player(monkeypatch, "toy_env:Catch-v0")
+
+    class Interrupted(list):
+        def __bool__(self):  # a signal while that many steps have been played
+            return len(player.obs) >= steps
+
+    _, lengths = evaluate(None, "toy_env:Catch-v0", 2, 108_000, 4, "cpu", None, Interrupted())
+    assert len(player.obs) == steps and lengths.tolist() == [steps, steps]
+
+
+def test_an_evaluation_is_logged_as_means_and_one_line_per_game(capsys):
+    scalars = []
+    writer = SimpleNamespace(add_scalar=lambda *scalar: scalars.append(scalar))
+    returns, lengths = np.array([10.0, 0.1 + 0.2]), np.array([7, 12])
+    text = log_evaluation(writer, "A", 30, 20, returns, lengths, "/A")
+    assert text == "30,20,0,10.0,7,A\n30,20,1,0.30000000000000004,12,A\n"  # all digits
+    assert scalars == [("eval/episodic_return/A", 5.15, 20), ("eval/episodic_length/A", 9.5, 20)]
+    assert capsys.readouterr().out == "updates=20, env_id=A, evaluation return=5.2 (std 4.8)\n"

@@ -428,6 +428,7 @@ def test_a_flipped_byte_in_a_checkpoint_is_one_line(saved, tmp_path, flip):
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:Using a non-tuple")  # torch.load gives a tensor, which is asked for its format
 def test_a_file_of_another_format_is_one_line(tmp_path, other):
     path = str(tmp_path / "model.pt")
     save_torch(path, other)
@@ -788,7 +789,7 @@ def test_a_locked_folder_is_refused_to_another_process_until_the_first_one_ends(
         process.kill()  # without a chance to tidy up
         process.wait(30)
     with lock_folder(str(folder)) as lock:
-        assert not lock.closed and contents(folder) == {"lock": b""}  # and the half-written file is gone
+        assert not lock.closed and contents(folder) == before  # the next checkpoint replaces the half-written file
 
 
 def test_a_lock_ends_with_its_file_and_leaves_other_files_alone(tmp_path):
@@ -1000,8 +1001,8 @@ def test_free_memory_here_is_some_and_less_than_the_machine_has():
 SMALL = {"rows": 100, "samples": 8, "roots": 16, "num_simulations": 4, "disk": 1_000}
 
 
-def check(run_dir, device="cpu", **sizes):
-    check_memory(torch.device(device), str(run_dir), TINY, **SMALL | sizes)
+def check(run_dir, device="cpu", config=TINY, **sizes):
+    check_memory(torch.device(device), str(run_dir), config, **SMALL | sizes)
 
 
 @pytest.fixture
@@ -1030,9 +1031,9 @@ def test_a_run_that_does_not_fit_is_one_line(tmp_path, plenty, capsys, device, w
     assert os.listdir(tmp_path) == []
 
 
-def needed(capsys, name, device="cpu", **sizes):
+def needed(capsys, name, device="cpu", config=TINY, **sizes):
     """Gigabytes of `name` that the line of `check_memory` says."""
-    check("runs/nowhere/yet", device, **sizes)  # no folder of the three is there
+    check("runs/nowhere/yet", device, config, **sizes)  # no folder of the three is there
     line = capsys.readouterr().out
     return float(line.split(f" GB of {name}")[0].split()[-1])
 
@@ -1054,13 +1055,13 @@ def test_the_files_of_a_run_count(plenty, capsys):
     assert not os.path.exists("runs/nowhere")
 
 
-def test_the_estimate_for_a_backward_pass_is_not_below_what_torch_saves():
-    # `samples` of an unrolled loss keep these tensors alive, in bytes: the formula of `check_memory` must cover them
-    config, B, K = ModelConfig.of_width(8, 1), 4, 5
-    net, saved = EfficientZeroNet(config), {}
+@pytest.mark.parametrize("channels, blocks", [(8, 1), (32, 2), (16, 4)])
+def test_the_estimate_of_a_backward_pass_covers_what_torch_keeps_for_it(plenty, capsys, channels, blocks):
+    config, B, K = ModelConfig.of_width(channels, blocks), 2, 5
+    net, kept = EfficientZeroNet(config), {}
 
     def keep(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -1070,6 +1071,7 @@ def test_the_estimate_for_a_backward_pass_is_not_below_what_torch_saves():
             latent, state, *logits = net.recurrent_inference(latent, torch.zeros(B, dtype=torch.int64), state)
             loss = loss + sum(x.sum() for x in logits) + net.predictor(net.projector(latent)).sum()
     weights = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
-    activations = sum(size for pointer, size in saved.items() if pointer not in weights)
-    estimate = B * (16 * config.channels * (1908 * config.blocks + 1440) + 2_500_000)
+    activations = sum(size for pointer, size in kept.items() if pointer not in weights) / B
+    sizes = [needed(capsys, "RAM", config=config, roots=0, samples=samples) for samples in (0, 10_000)]
+    estimate = (sizes[1] - sizes[0]) * 1e9 / 10_000  # bytes of a sample
     assert 0.2 * estimate < activations < estimate

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import finetune
 from finetune import add_frames, play, replay_games, save_dataset, start_games
@@ -198,13 +200,12 @@ def test_the_games_of_a_run_are_those_of_1000_times_its_seed(seed, first):
 
 
 def replayed(env_id, run, actions, total_timesteps, checksum=None):
-    """Games and replay that `replay_games` makes of the action log of a run."""
+    """Replay, games and environment steps that `replay_games` makes of the action log of a run."""
     envs = make_envs(env_id, E, life_loss_ends=True)
     replay = Replay(total_timesteps * 9 // 8 + 2 * E, E, "cpu")
     games = start_games(envs, replay, seed=5_000)
-    settings = checksum or run.games.checksum.hexdigest(), total_timesteps, run.has_lives
-    env_steps = replay_games(envs, replay, games, actions, *settings)
-    return replay, games, env_steps
+    values = {"actions": actions, "checksum": checksum or run.games.checksum.hexdigest()}
+    return replay, games, replay_games(envs, replay, games, values, total_timesteps, run.has_lives)
 
 
 def as_log(replay):
@@ -261,7 +262,7 @@ def test_an_action_log_that_is_none_is_one_line():
     log = as_log(run.replay)
     wide, foreign = torch.cat([log, log], dim=1), log.clone()
     foreign[2, 1] = 18
-    for actions in (log.long(), log.float(), log[:, :1], log[:, 0], wide, log[None], foreign):
+    for actions in (None, log.tolist(), log.long(), log.float(), log[:, :1], log[:, 0], wide, log[None], foreign):
         assert "no action log of these environments" in refused_log(run, actions, 20)
 
 
@@ -327,6 +328,22 @@ def test_importance_weights(beta):
     # P ~ (1, 2^0.6, 4^0.6, 8^0.6); (N P_i)^-beta / max = (priority_i / smallest)^(-0.6 beta): N and the sum cancel
     expected = {0: 1.0, 2: 2 ** (-0.6 * beta), 3: 4 ** (-0.6 * beta), 4: 8 ** (-0.6 * beta)}
     assert dict(zip(rows.tolist(), weight, strict=True)) == pytest.approx(expected)
+
+
+@settings(derandomize=True, deadline=None, database=None)
+@given(
+    priorities=st.lists(st.just(0.0) | st.floats(1e-6, 1e30), min_size=1, max_size=40).filter(any),
+    beta=st.floats(0.4, 1.0),
+    seed=st.integers(0, 9),
+)
+def test_importance_weights_are_finite_and_above_0_whatever_the_priorities(priorities, beta, seed):
+    """From the least priority, 1e-6, to more than any value error can be, and rows without action among them."""
+    replay = Replay(len(priorities) + 2, 1, "cpu")
+    replay.size, replay.priority[: len(priorities)] = len(priorities), priorities
+    batch = 1 + seed % np.count_nonzero(priorities)
+    rows, weight = sample(replay, batch, beta, np.random.default_rng(seed))
+    assert (replay.priority[rows] > 0).all() and len(set(rows.tolist())) == batch
+    assert np.isfinite(weight).all() and (weight > 0).all() and weight.max() == 1
 
 
 def test_sampling_leaves_the_priorities_as_they_are():
@@ -514,8 +531,9 @@ def test_offsets_between_which_no_chunk_lies_are_refused(small):
     offsets = np.load(small / "steps.npz")["chunk_offsets"]
     rewrite(small, chunk_offsets=offsets + np.array([0, 1, 0, 0]))
     assert f"{small}/frames cannot be unpacked" in refusal(small)
-    rewrite(small, chunk_offsets=offsets + np.array([0, 0, 0, 1]))
-    assert f"{small}/steps.npz" in refusal(small)
+    for other in (offsets + np.array([0, 0, 0, 1]), offsets + 1, offsets[[0, 1, 1, 3]], offsets[[0, 2, 1, 3]]):
+        rewrite(small, chunk_offsets=other)  # too long, a late start, an empty chunk, a step back
+        assert f"{small}/steps.npz has offsets" in refusal(small)
     rewrite(small, chunk_offsets=offsets)
     assert load_dataset(str(small), "cpu")[0].size == 20
 

@@ -270,7 +270,9 @@ def test_a_full_disk_under_tensorboard_stops_the_run_and_loses_nothing(toy):
     process, output = in_training(toy, "scratch0", "fuller")
     limit(process, 4000)
     assert process.wait() == 1 and "Traceback" not in output.read_text()
-    assert output.read_text().splitlines()[-1].startswith("error: fuller: TensorBoard or the terminal cannot be written")
+    assert (
+        output.read_text().splitlines()[-1].startswith("error: fuller: TensorBoard or the terminal cannot be written")
+    )
     succeed(folder, script, f"{flags} --resume", "fuller")
     assert_same_run(folder / "scratch0", folder / "fuller")
 

@@ -2,13 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import distill
+import model
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
@@ -16,6 +21,20 @@ TINY = (
 )
 SOURCES = ["PhoenixNoFrameskip-v4", "AssaultNoFrameskip-v4"]
 TARGET = "DemonAttackNoFrameskip-v4"
+
+
+RUNS = {}  # run folder: (script, flags)
+for i, game in enumerate(SOURCES):
+    flags = f"--env-id {game} --total-timesteps 48 --learning-starts 24 --num-envs 3 --save-dataset data{i}"
+    RUNS[f"scratch{i}"] = "finetune.py", flags
+    RUNS[f"teacher{i}"] = "pretrain_teacher.py", f"--datasets data{i} --num-updates 12"
+RUNS["student"] = "distill.py", "--teachers teacher0 teacher1 --num-updates 12"
+XTRA = (
+    f"--env-id {TARGET} --pretrained student --total-timesteps 40 --learning-starts 16 --offline-batch-size 8"
+    " --similarity-start 8 --similarity-interval 10 --similarity-updates 4 --eval-every 20 --capture-video"
+)
+RUNS |= {"xtra": ("finetune.py", XTRA), "again": ("finetune.py", XTRA)}
+UPDATES = {"scratch0": 48, "scratch1": 48, "xtra": 40, "again": 40}  # the others: 12
 
 
 def run(folder, script, flags, run_dir):
@@ -36,16 +55,8 @@ def scalars(folder, key):
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
     """Datasets, teachers, student and the XTRA run of the module, in one folder; what each printed last."""
-    folder, last = tmp_path_factory.mktemp("chain"), {}
-    for i, game in enumerate(SOURCES):
-        flags = f"--env-id {game} --total-timesteps 48 --learning-starts 24 --num-envs 3 --save-dataset data{i}"
-        last[f"scratch{i}"] = run(folder, "finetune.py", flags, f"scratch{i}")
-        last[f"teacher{i}"] = run(folder, "pretrain_teacher.py", f"--datasets data{i} --num-updates 12", f"teacher{i}")
-    last["student"] = run(folder, "distill.py", "--teachers teacher0 teacher1 --num-updates 12", "student")
-    flags = f"--env-id {TARGET} --pretrained student --total-timesteps 40 --learning-starts 16 --offline-batch-size 8"
-    flags += " --similarity-start 8 --similarity-interval 10 --similarity-updates 4 --eval-every 20 --capture-video"
-    last["xtra"] = run(folder, "finetune.py", flags, "xtra")
-    last["again"] = run(folder, "finetune.py", flags, "again")
+    folder = tmp_path_factory.mktemp("chain")
+    last = {run_dir: run(folder, *command, run_dir) for run_dir, command in RUNS.items()}
     return folder, last
 
 
@@ -55,6 +66,37 @@ def test_the_last_line_names_the_folder_and_the_next_command(chain):
     assert last["teacher1"] == "teacher1: teacher saved. Next: python distill.py --teachers teacher1 OTHER_TEACHERS..."
     assert last["student"] == "student: student saved. Next: python finetune.py --pretrained student --env-id NEW_GAME"
     assert last["xtra"].startswith("xtra: agent saved")
+
+
+def test_a_run_folder_holds_the_files_of_its_run(chain):
+    folder, _ = chain
+    for run_dir in RUNS:
+        names = {path.name for path in (folder / run_dir).iterdir()}
+        files = {"checkpoint.pt", "evaluations.csv", "lock", "model.pt"}
+        files |= {"targets.json", "targets.npz"} if run_dir.startswith("teacher") else set()
+        videos = {"video-0.gif", "video-20.gif", "video-40.gif"} if run_dir in ("xtra", "again") else set()
+        assert {name for name in names if not name.startswith("events.out.tfevents")} == files | videos
+        checkpoint = model.load_torch(f"{folder}/{run_dir}/checkpoint.pt", model.CHECKPOINT_FORMAT)
+        counters = model.load_model(f"{folder}/{run_dir}/model.pt")[1]["counters"]
+        assert checkpoint["values"]["updates"] == counters["updates"] == UPDATES.get(run_dir, 12)
+
+
+def test_a_finished_run_that_is_started_again_is_as_it_was(chain, tmp_path):
+    # as a cluster does that restarts a job: every later stage must still accept the folder
+    folder = tmp_path / "copy"
+    shutil.copytree(chain[0], folder)
+    for run_dir in ("scratch0", "teacher0", "student"):
+        script, flags = RUNS[run_dir]
+        before = model.load_model(f"{folder}/{run_dir}/model.pt")[0].state_dict()
+        last = run(folder, script, f"{flags} --resume", run_dir)
+        assert last == chain[1][run_dir]
+        for name in ("evaluations.csv", "targets.npz"):
+            if (chain[0] / run_dir / name).exists():
+                assert (folder / run_dir / name).read_bytes() == (chain[0] / run_dir / name).read_bytes(), name
+        assert scalars(folder / run_dir, "losses/loss") == scalars(chain[0] / run_dir, "losses/loss")
+        after = model.load_model(f"{folder}/{run_dir}/model.pt")[0].state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    assert distill.load_task(f"{folder}/teacher0", "cpu").env_id == SOURCES[0]
 
 
 def test_the_same_seed_gives_the_same_run(chain):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from finetune import td_steps_by_age
+from model import EfficientZeroNet, ModelConfig, inference_copy
 from pretrain_teacher import (
     GAME_OVER,
     LIFE_LOST,
@@ -13,6 +14,7 @@ from pretrain_teacher import (
     make_batch,
     make_targets,
     reanalyze,
+    run_search,
     stack_frames,
 )
 
@@ -180,3 +182,15 @@ def test_reanalyze_searches_each_living_state_once_per_target_network(monkeypatc
     # the next network: everything that the batch needs is stale
     reanalyze(net, 2, "A", replay, targets, legal, 5, None)
     assert sorted(net.searched) == [0, 1, 2, 3, 3, 4, 4] and net.encoded == [5, 5]
+
+
+@pytest.mark.parametrize("place", ["policy", "value", "latent"])
+def test_a_search_that_is_not_finite_names_its_game(place):
+    net = EfficientZeroNet(ModelConfig.of_width(4, 1))
+    layer = {"policy": net.prediction.policy[-1], "value": net.prediction.value[-1], "latent": net.dynamics.conv[1]}
+    torch.nn.init.constant_(layer[place].bias, torch.nan)
+    obs = torch.zeros(2, 12, 96, 96, dtype=torch.uint8)
+    with pytest.raises(FloatingPointError) as error:
+        run_search(inference_copy(net), "Hero", obs, np.ones((2, 18), bool), 3, np.random.default_rng(0), noise=True)
+    what, tensors = error.value.args
+    assert what.startswith("the search of Hero (") and "\n" not in what and tensors["obs"] is obs
