@@ -13,13 +13,16 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import model
+from finetune import Args
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
@@ -125,11 +128,11 @@ def assert_same_run(expected, found):
 def chain(folder, games, updates):
     """The flags of every stage on three games, from first to last: {run folder: (script, flags, dataset or None)}."""
     first, second, target = GAMES[games]
-    offline = f"{TINY} --num-updates {updates} --eval-every {updates // 3} --checkpoint-every 7"
-    online = f"{TINY} --num-envs 3 --eval-every {updates // 3} --checkpoint-every 7"
+    offline = f"{TINY} --num-updates {updates} --eval-every 35 --checkpoint-every 7"
+    online = f"{TINY} --num-envs 3 --eval-every 35 --checkpoint-every 7"
     scratch = f"{online} --total-timesteps {updates} --learning-starts 24"
     xtra = f"{online} --pretrained student --learning-starts 16 --total-timesteps {updates} --offline-batch-size 8"
-    xtra += f" --similarity-start {updates // 4} --similarity-interval {updates // 3} --similarity-updates 8"
+    xtra += " --similarity-start 20 --similarity-interval 35 --similarity-updates 8 --similarity-threshold 0"
     return {
         "scratch0": ("finetune.py", f"{scratch} --env-id {first}", "data0"),
         "scratch1": ("finetune.py", f"{scratch} --env-id {second}", "data1"),
@@ -177,7 +180,7 @@ def kill_every_stage(folder, stages, names, kills):
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
-    return folder, reference(folder, "toy", 60)
+    return folder, reference(folder, "toy", 120)
 
 
 def test_killed_runs_end_as_if_they_had_not_been_killed(toy):
@@ -203,8 +206,8 @@ def test_a_signal_stops_the_run_with_status_75_and_nothing_is_lost(toy, name):
     script, flags, *_ = stages[name]
     run_dir, output, csv = f"stopped-{name}", folder / f"stopped-{name}.out", folder / f"stopped-{name}/evaluations.csv"
     moments = [  # between two evaluations, and while the checkpoint is being restored
-        (signal.SIGTERM, (csv, ",20,0,")),
-        (signal.SIGUSR1, (csv, ",40,0,")),
+        (signal.SIGTERM, (csv, ",35,0,")),
+        (signal.SIGUSR1, (csv, ",105,0,")),
         (signal.SIGINT, (output, "this run needs")),
     ]
     for number, moment in moments:
@@ -344,6 +347,32 @@ def test_twenty_kills_of_every_script(tmp_path, games):
     killed = kill_every_stage(tmp_path, stages, ["scratch0", "teacher0", "student", "xtra"], kills=20)
     print(f"{games}: {killed} kills survived")
     assert killed >= 60
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_the_checkpoint_of_a_full_run_is_the_networks_and_a_few_megabytes(tmp_path, blocks):
+    """After 100,000 steps at full width; prints its size and how long training waits for it."""
+    net = model.EfficientZeroNet(model.ModelConfig.of_width(64, blocks))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    parts = {f"copy{i}": model.inference_copy(net) for i in range(3)} | {"net": net, "optimizer": optimizer}
+    networks = sum(x.nbytes for part in [net, net, *list(parts.values())[:3]] for x in part.state_dict().values())
+    arrays = {"policy": np.zeros((100_000, 18), np.float32), "value": np.zeros(100_000, np.float32)}
+    versions = {"policy_version": np.zeros(100_000, np.int64), "value_version": np.zeros(100_000, np.int64)}
+    replay = SimpleNamespace(size=100_000, priority=np.ones(100_000), **arrays, **versions)
+    actions = {"actions": torch.zeros(12_500, 8, dtype=torch.uint8)}
+    for version, name, most in ((1, "every 200 updates", 3e6), (0, "with all targets fresh", 12e6)):
+        seconds = []
+        for _ in range(5):
+            begin = time.time()
+            model.save_checkpoint(str(tmp_path), Args(), [], parts, [replay], version, actions)
+            seconds.append(time.time() - begin)
+        size = (tmp_path / "checkpoint.pt").stat().st_size
+        print(f"blocks {blocks}, {name}: {size / 1e6:.0f} MB, {sorted(seconds)[2]:.2f} s")
+        assert size < networks + most
 
 
 @pytest.mark.faults
