@@ -30,7 +30,6 @@ import torch.nn.functional as F
 import tyro
 import zstandard
 from ale_py.vector_env import AtariVectorEnv
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import mcts
@@ -68,13 +67,13 @@ class Args:
 
 # Copied from pretrain_teacher.py
 def make_writer(args, run_name, run_dir):
-    """TensorBoard in the run folder; with --track, W&B mirrors it."""
+    """TensorBoard in the run folder, written at each `flush`; with --track, W&B mirrors it."""
     if args.track:
         import wandb
 
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_name}
         wandb.init(**names, sync_tensorboard=True, config=vars(args), save_code=True)
-    writer = SummaryWriter(run_dir)
+    writer = model.Log(run_dir)
     table = "".join(f"|{key}|{value}|\n" for key, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     return writer
@@ -169,12 +168,11 @@ class Replay:
 def dataset_meta(folder):
     """The meta.json of a dataset folder, whose files are all there and undamaged; exits with one line if not."""
     fields = {"rows": int, "env_steps": int, "env_id": str, "settings": dict}
-    meta = model.load_manifest(f"{folder}/meta.json", "xtra-dataset-1", fields)
-    settings = meta["settings"] | {"num_envs": None}
-    if settings != {"frame": [96, 96, 3], "frameskip": 4, "sticky_actions": 0.0, "num_envs": None} or meta["rows"] < 1:
-        raise SystemExit(
-            f"error: {folder} has {meta['rows']} rows of {settings}, expected 96x96x3, frameskip 4; redo it"
-        )
+    meta = model.load_manifest(f"{folder}/meta.json", "xtra-dataset-1", fields, ["frames", "steps.npz"])
+    settings = {name: value for name, value in meta["settings"].items() if name != "num_envs"}
+    if settings != {"frame": [96, 96, 3], "frameskip": 4, "sticky_actions": 0.0} or not 1 <= meta["rows"] <= 10**9:
+        found = f"{str(meta['rows'])[:20]} rows of {str(settings)[:200]}"
+        raise SystemExit(f"error: {folder} has {found}, expected 96x96x3 and frameskip 4; collect it again")
     return meta
 
 
@@ -189,8 +187,8 @@ def load_dataset(folder, device):
     flags = dict.fromkeys(("acted", "life_lost", "terminated", "truncated"), (bool, (R,)))
     fields = {"chunk_offsets": (np.int64, (chunks + 1,)), "action": (np.uint8, (R,)), "reward": (np.float32, (R,))}
     steps = model.load_arrays(f"{folder}/steps.npz", fields | flags)
-    sizes = np.diff(steps["chunk_offsets"])  # [chunks]
-    fits = steps["chunk_offsets"][0] == 0 and sizes.min() > 0 and sizes.sum() == os.path.getsize(path)
+    offsets = steps["chunk_offsets"]
+    fits = offsets[0] == 0 and offsets[-1] == os.path.getsize(path) and (offsets[1:] > offsets[:-1]).all()
     if not fits or steps["action"].max() >= 18 or not np.isfinite(steps["reward"]).all():
         raise SystemExit(
             f"error: {folder}/steps.npz has offsets, actions or rewards out of range; make the folder again"
@@ -199,7 +197,9 @@ def load_dataset(folder, device):
     replay.size = R
     decompressor = zstandard.ZstdDecompressor()
     with open(path, "rb") as file:
-        for start, size in zip(range(0, R, 8), sizes.tolist(), strict=True):  # 8 frames a chunk, channel last
+        for start, size in zip(
+            range(0, R, 8), np.diff(offsets).tolist(), strict=True
+        ):  # 8 frames a chunk, channel last
             data, n = file.read(size), min(8, R - start)
             try:
                 if zstandard.frame_content_size(data) != n * 96 * 96 * 3:
@@ -229,7 +229,8 @@ class Task(NamedTuple):
 def targets_meta(folder):
     """The targets.json of a teacher's run folder, whose files are there and undamaged; exits with one line if not."""
     fields = {"rows": int, "num_simulations": int, "dataset": str}
-    meta = model.load_manifest(f"{folder}/targets.json", "xtra-targets-1", fields)
+    files = ["model.pt", "targets.npz", "{dataset}/meta.json"]
+    meta = model.load_manifest(f"{folder}/targets.json", "xtra-targets-1", fields, files)
     if meta["rows"] < 1 or not 1 <= meta["num_simulations"] < 2**16:
         raise SystemExit(
             f"error: {folder}/targets.json has rows or num_simulations out of range; run the teacher again"
@@ -248,7 +249,8 @@ def load_task(folder, device):
     arrays = {"visits": (np.uint16, (rows, 18)), "value": (np.float32, (rows,))}
     arrays = model.load_arrays(f"{folder}/targets.npz", arrays)
     replay = load_dataset(dataset, device)[0]
-    score = model.load_model(f"{folder}/model.pt")[1]["counters"].get("scores", {}).get(env_id)
+    scores = model.load_model(f"{folder}/model.pt")[1]["counters"].get("scores")
+    score = scores.get(env_id) if isinstance(scores, dict) else None
     searched = (arrays["visits"].sum(axis=1, dtype=np.int64) == meta["num_simulations"]).all()
     if replay.size != rows or type(score) is not float or not (searched and np.isfinite(arrays["value"]).all()):
         raise SystemExit(f"error: {folder} does not fit its dataset {dataset} ({env_id}); run the teacher again")
@@ -326,7 +328,7 @@ def run_search(net, env_id, obs, legal, num_simulations, rng, noise):
     autocast = torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.device.type == "cuda")
     with torch.no_grad(), autocast:
         latent, policy_logits, value_logits = net.initial_inference(obs)
-        value = model.support_to_scalar(value_logits).cpu().numpy()
+        value = model.finite_values(value_logits, env_id, obs)
         if num_simulations == 0:
             logits = policy_logits.float().cpu().masked_fill(~torch.as_tensor(legal), -torch.inf)
             policy = logits.softmax(-1).numpy()
@@ -489,16 +491,21 @@ def check_args(args, may_be_zero=()):
             raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {lowest} or more")
     if args.resume and not args.run_dir:
         raise SystemExit("error: --resume needs the --run-dir that it is to continue; give both")
-    found = [name for name in ("checkpoint.pt", "evaluations.csv") if os.path.exists(f"{args.run_dir}/{name}")]
-    if args.run_dir and (os.path.isfile(args.run_dir) or found and not args.resume):
+    if args.run_dir is None or not os.path.exists(args.run_dir):
+        return
+    names = os.listdir(args.run_dir) if os.path.isdir(args.run_dir) else [""]
+    found = {"", "checkpoint.pt", "model.pt", "evaluations.csv", "targets.json"} & set(names)
+    events = any(name.startswith("events.out.tfevents") for name in names)
+    if (found or events) and not args.resume:
         hint = "continue it with --resume, or choose another folder"
         raise SystemExit(f"error: --run-dir {args.run_dir} holds a run already, or is a file; {hint}")
-    if args.resume and found == ["evaluations.csv"]:
+    if "checkpoint.pt" not in found and (found or events and "lock" not in names):  # events alone: killed early
         hint = "put its checkpoint.pt back, or choose another folder"
         raise SystemExit(f"error: --run-dir {args.run_dir} holds a run without a checkpoint; {hint}")
 
 
 if __name__ == "__main__":
+    interrupted = model.catch_signals()  # gets an entry when the run shall stop
     args = tyro.cli(Args, description=__doc__)
     check_args(args, may_be_zero=("seed",))
     if not args.teachers:
@@ -508,14 +515,13 @@ if __name__ == "__main__":
         raise SystemExit(f"error: --batch-size {args.batch_size} is not a multiple of the {m} --teachers; make it one")
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
 
-    interrupted = model.catch_signals()  # gets an entry when the run shall stop
     checkpoint = model.load_checkpoint(args)
 
     # data setup
     config = model.ModelConfig.of_width(args.channels, args.blocks)
     rows = sum(targets_meta(folder)["rows"] for folder in args.teachers)
     sizes = {"rows": rows, "samples": args.batch_size, "roots": args.eval_episodes}
-    model.check_memory(device, args.run_dir or "runs", config, num_simulations=args.num_simulations, disk=0, **sizes)
+    model.check_memory(device, args.run_dir or "runs", config, num_simulations=args.num_simulations, **sizes)
     tasks = [load_task(folder, device) for folder in args.teachers]
     env_ids = [task.env_id for task in tasks]
     share = args.batch_size // m
@@ -542,22 +548,22 @@ if __name__ == "__main__":
     evaluations = "env_steps,updates,episode,return,length,env_id\n"
 
     # the run folder, and if the run goes on, all that it had
-    lock = model.lock_folder(run_dir)
+    lock = model.lock_folder(run_dir, checkpoint)
     inputs = [model.sha256(f"{folder}/targets.json") for folder in args.teachers]
     parts, replays = {"net": net, "optimizer": optimizer, "rng": rng, "generator": generator}, [t.replay for t in tasks]
     if checkpoint:
         kinds = {"updates": int, "evaluated": int, "scores": dict, "evaluations": str}
         updates, evaluated, scores, evaluations = model.restore(run_dir, checkpoint, inputs, parts, replays, **kinds)
     if args.resume:
-        model.rewind_events(run_dir, checkpoint)
+        model.rewind_events(run_dir, checkpoint["events"] if checkpoint else {})
 
     # TRY NOT TO MODIFY: start the training
     start_time, start_updates = time.time(), updates
     bar = tqdm(total=args.num_updates, initial=updates, unit="update", dynamic_ncols=True)
-    with bar, model.one_line_errors(run_dir, bar):
+    with bar, model.stop_if_not_finite(run_dir, bar):
         writer = make_writer(args, run_name, run_dir)
         while True:
-            last = updates == args.num_updates
+            last = updates >= args.num_updates
             if (last or updates % args.eval_every == 0) and evaluated < updates:
                 settings = args.eval_episodes, args.eval_max_frames, num_simulations, device, None, interrupted
                 results = [evaluate(model.inference_copy(net), env_id, *settings) for env_id in env_ids]
@@ -569,17 +575,17 @@ if __name__ == "__main__":
                         scores[task.env_id] = float(returns.mean())
                     evaluated = updates
                     bar.set_postfix(eval_return=f"{np.mean(list(scores.values())):.1f}")
-            if interrupted or evaluated == updates or updates % args.checkpoint_every == 0:
-                writer.flush()
+            stop = last or bool(interrupted)  # once: a signal may come at any moment
+            if stop or evaluated == updates or updates % args.checkpoint_every == 0:
                 values = {"updates": updates, "evaluated": evaluated, "scores": scores, "evaluations": evaluations}
                 content = parts, replays, 1, values  # no targets of version 1: they are the teachers'
-                saved = model.save_checkpoint(run_dir, args, inputs, *content, keep_going=not (last or interrupted))
+                saved = model.save_checkpoint(run_dir, writer, args, inputs, *content, keep_going=not stop)
             if evaluated == updates and saved:
                 model.write_file(f"{run_dir}/evaluations.csv", evaluations.encode(), keep_going=not last)
                 saved_args = vars(args) | {"teachers": [os.path.relpath(folder, run_dir) for folder in args.teachers]}
                 counters = {"updates": updates, "scores": scores}
                 model.save_model(f"{run_dir}/model.pt", net, saved_args, env_ids, counters, keep_going=not last)
-            if last or interrupted:
+            if stop:
                 break
 
             # ALGO LOGIC: training.
@@ -616,9 +622,9 @@ if __name__ == "__main__":
                 writer.add_scalar("charts/beta", beta, updates)
                 speed = (updates + 1 - start_updates) / (time.time() - start_time)
                 writer.add_scalar("charts/updates_per_second", speed, updates)
+                writer.flush()
             updates += 1
             bar.update()
-        writer.close()
 
     if interrupted:
         print(f"{run_dir}: stopped at update {updates} by {interrupted[0]}. Next: the same command with --resume")

@@ -35,7 +35,6 @@ import zstandard
 from ale_py.roms import get_rom_path
 from ale_py.vector_env import AtariVectorEnv
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import mcts
@@ -91,13 +90,13 @@ class Args:
 
 # Copied from pretrain_teacher.py
 def make_writer(args, run_name, run_dir):
-    """TensorBoard in the run folder; with --track, W&B mirrors it."""
+    """TensorBoard in the run folder, written at each `flush`; with --track, W&B mirrors it."""
     if args.track:
         import wandb
 
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_name}
         wandb.init(**names, sync_tensorboard=True, config=vars(args), save_code=True)
-    writer = SummaryWriter(run_dir)
+    writer = model.Log(run_dir)
     table = "".join(f"|{key}|{value}|\n" for key, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     return writer
@@ -251,7 +250,7 @@ def replay_games(envs, replay, games, values, total_timesteps, has_lives):
     """
     actions, checksum = values.get("actions"), values.get("checksum")
     is_log = isinstance(actions, torch.Tensor) and actions.dtype == torch.uint8 and actions.ndim == 2
-    if not is_log or actions.shape[1] != replay.num_envs or (actions >= 18).any():
+    if not is_log or not actions.is_contiguous() or actions.shape[1] != replay.num_envs or (actions >= 18).any():
         raise SystemExit("error: the checkpoint has no action log of these environments; start the run anew")
     env_steps = 0
     for action in tqdm(actions.long().numpy(), unit="step", desc="replaying the games", leave=False):
@@ -290,19 +289,19 @@ def save_dataset(folder, replay, meta):
         os.rename(temporary, folder)
     except (OSError, SystemExit) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise SystemExit(f"error: --save-dataset {folder} could not be written ({error}); free some space") from None
+        reason = str(error).removeprefix("error: ")
+        raise SystemExit(f"error: --save-dataset {folder} was not written: {reason}") from None
 
 
 # Copied from pretrain_teacher.py
 def dataset_meta(folder):
     """The meta.json of a dataset folder, whose files are all there and undamaged; exits with one line if not."""
     fields = {"rows": int, "env_steps": int, "env_id": str, "settings": dict}
-    meta = model.load_manifest(f"{folder}/meta.json", "xtra-dataset-1", fields)
-    settings = meta["settings"] | {"num_envs": None}
-    if settings != {"frame": [96, 96, 3], "frameskip": 4, "sticky_actions": 0.0, "num_envs": None} or meta["rows"] < 1:
-        raise SystemExit(
-            f"error: {folder} has {meta['rows']} rows of {settings}, expected 96x96x3, frameskip 4; redo it"
-        )
+    meta = model.load_manifest(f"{folder}/meta.json", "xtra-dataset-1", fields, ["frames", "steps.npz"])
+    settings = {name: value for name, value in meta["settings"].items() if name != "num_envs"}
+    if settings != {"frame": [96, 96, 3], "frameskip": 4, "sticky_actions": 0.0} or not 1 <= meta["rows"] <= 10**9:
+        found = f"{str(meta['rows'])[:20]} rows of {str(settings)[:200]}"
+        raise SystemExit(f"error: {folder} has {found}, expected 96x96x3 and frameskip 4; collect it again")
     return meta
 
 
@@ -317,8 +316,8 @@ def load_dataset(folder, device):
     flags = dict.fromkeys(("acted", "life_lost", "terminated", "truncated"), (bool, (R,)))
     fields = {"chunk_offsets": (np.int64, (chunks + 1,)), "action": (np.uint8, (R,)), "reward": (np.float32, (R,))}
     steps = model.load_arrays(f"{folder}/steps.npz", fields | flags)
-    sizes = np.diff(steps["chunk_offsets"])  # [chunks]
-    fits = steps["chunk_offsets"][0] == 0 and sizes.min() > 0 and sizes.sum() == os.path.getsize(path)
+    offsets = steps["chunk_offsets"]
+    fits = offsets[0] == 0 and offsets[-1] == os.path.getsize(path) and (offsets[1:] > offsets[:-1]).all()
     if not fits or steps["action"].max() >= 18 or not np.isfinite(steps["reward"]).all():
         raise SystemExit(
             f"error: {folder}/steps.npz has offsets, actions or rewards out of range; make the folder again"
@@ -327,7 +326,9 @@ def load_dataset(folder, device):
     replay.size = R
     decompressor = zstandard.ZstdDecompressor()
     with open(path, "rb") as file:
-        for start, size in zip(range(0, R, 8), sizes.tolist(), strict=True):  # 8 frames a chunk, channel last
+        for start, size in zip(
+            range(0, R, 8), np.diff(offsets).tolist(), strict=True
+        ):  # 8 frames a chunk, channel last
             data, n = file.read(size), min(8, R - start)
             try:
                 if zstandard.frame_content_size(data) != n * 96 * 96 * 3:
@@ -359,7 +360,8 @@ class Task(NamedTuple):
 def targets_meta(folder):
     """The targets.json of a teacher's run folder, whose files are there and undamaged; exits with one line if not."""
     fields = {"rows": int, "num_simulations": int, "dataset": str}
-    meta = model.load_manifest(f"{folder}/targets.json", "xtra-targets-1", fields)
+    files = ["model.pt", "targets.npz", "{dataset}/meta.json"]
+    meta = model.load_manifest(f"{folder}/targets.json", "xtra-targets-1", fields, files)
     if meta["rows"] < 1 or not 1 <= meta["num_simulations"] < 2**16:
         raise SystemExit(
             f"error: {folder}/targets.json has rows or num_simulations out of range; run the teacher again"
@@ -379,7 +381,8 @@ def load_task(folder, device):
     arrays = {"visits": (np.uint16, (rows, 18)), "value": (np.float32, (rows,))}
     arrays = model.load_arrays(f"{folder}/targets.npz", arrays)
     replay = load_dataset(dataset, device)[0]
-    score = model.load_model(f"{folder}/model.pt")[1]["counters"].get("scores", {}).get(env_id)
+    scores = model.load_model(f"{folder}/model.pt")[1]["counters"].get("scores")
+    score = scores.get(env_id) if isinstance(scores, dict) else None
     searched = (arrays["visits"].sum(axis=1, dtype=np.int64) == meta["num_simulations"]).all()
     if replay.size != rows or type(score) is not float or not (searched and np.isfinite(arrays["value"]).all()):
         raise SystemExit(f"error: {folder} does not fit its dataset {dataset} ({env_id}); run the teacher again")
@@ -474,7 +477,7 @@ def run_search(net, env_id, obs, legal, num_simulations, rng, noise):
     autocast = torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.device.type == "cuda")
     with torch.no_grad(), autocast:
         latent, policy_logits, value_logits = net.initial_inference(obs)
-        value = model.support_to_scalar(value_logits).cpu().numpy()
+        value = model.finite_values(value_logits, env_id, obs)
         if num_simulations == 0:
             logits = policy_logits.float().cpu().masked_fill(~torch.as_tensor(legal), -torch.inf)
             policy = logits.softmax(-1).numpy()
@@ -516,7 +519,7 @@ def reanalyze(net, version, env_id, replay, targets, legal, num_simulations, rng
     if len(states):
         obs = stack_frames(replay, states)
         with torch.no_grad(), torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.is_cuda):
-            replay.value[states] = model.support_to_scalar(net.initial_inference(obs)[2]).cpu().numpy()
+            replay.value[states] = model.finite_values(net.initial_inference(obs)[2], env_id, obs)
         replay.value_version[states] = version
     return result
 
@@ -714,11 +717,15 @@ def check_args(args, may_be_zero=()):
             raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {lowest} or more")
     if args.resume and not args.run_dir:
         raise SystemExit("error: --resume needs the --run-dir that it is to continue; give both")
-    found = [name for name in ("checkpoint.pt", "evaluations.csv") if os.path.exists(f"{args.run_dir}/{name}")]
-    if args.run_dir and (os.path.isfile(args.run_dir) or found and not args.resume):
+    if args.run_dir is None or not os.path.exists(args.run_dir):
+        return
+    names = os.listdir(args.run_dir) if os.path.isdir(args.run_dir) else [""]
+    found = {"", "checkpoint.pt", "model.pt", "evaluations.csv", "targets.json"} & set(names)
+    events = any(name.startswith("events.out.tfevents") for name in names)
+    if (found or events) and not args.resume:
         hint = "continue it with --resume, or choose another folder"
         raise SystemExit(f"error: --run-dir {args.run_dir} holds a run already, or is a file; {hint}")
-    if args.resume and found == ["evaluations.csv"]:
+    if "checkpoint.pt" not in found and (found or events and "lock" not in names):  # events alone: killed early
         hint = "put its checkpoint.pt back, or choose another folder"
         raise SystemExit(f"error: --run-dir {args.run_dir} holds a run without a checkpoint; {hint}")
 
@@ -737,7 +744,7 @@ def load_networks(args, device):
         found, asked = getattr(pretrained.config, name), getattr(args, name)
         if asked not in (None, found):
             raise SystemExit(f"error: --{name} {asked}, but --pretrained {args.pretrained} has {found}; drop the flag")
-    teachers = [os.path.join(args.pretrained, folder) for folder in checkpoint["args"].get("teachers", ())]
+    teachers = [os.path.join(args.pretrained, str(folder)) for folder in checkpoint["args"].get("teachers") or ()]
     if args.cross_task and args.total_timesteps and not (args.teachers or teachers):
         raise SystemExit(f"error: --pretrained {args.pretrained} names no teachers; give --teachers or --no-cross-task")
     net = model.EfficientZeroNet(pretrained.config).to(device)
@@ -748,6 +755,7 @@ def load_networks(args, device):
 
 
 if __name__ == "__main__":
+    interrupted = model.catch_signals()  # gets an entry when the run shall stop
     args = tyro.cli(Args, description=__doc__)
     may_be_zero = ("seed", "total_timesteps", "extra_updates", "num_simulations", "learning_starts", "similarity_start")
     check_args(args, may_be_zero)
@@ -764,7 +772,6 @@ if __name__ == "__main__":
     if (args.freeze_representation or args.transfer != "hgf") and not args.pretrained:
         raise SystemExit("error: --freeze-representation and --transfer need --pretrained; give its folder")
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-    interrupted = model.catch_signals()  # gets an entry when the run shall stop
     checkpoint = model.load_checkpoint(args)
     training = args.total_timesteps > 0
     total_updates = args.total_timesteps + args.extra_updates if training else 0
@@ -789,7 +796,8 @@ if __name__ == "__main__":
     replay_rows = args.total_timesteps * 9 // 8 + 2 * args.num_envs  # the last frame of each game has a row too
     sizes = {"rows": replay_rows + sum(targets_meta(folder)["rows"] for folder in teachers)}
     sizes |= {"samples": args.batch_size + m * share, "roots": args.batch_size * (args.unroll_steps + 1)}
-    sizes["disk"] = replay_rows * 1_200 if args.save_dataset else 0  # bytes of a compressed frame, at most
+    writes_data = args.save_dataset and not os.path.exists(args.save_dataset)
+    sizes["disk"] = {args.save_dataset: replay_rows * 1_200} if writes_data else {}  # bytes of a compressed frame
     run_name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = args.run_dir or f"runs/{run_name}"
     model.check_memory(device, run_dir, net.config, num_simulations=args.num_simulations, **sizes)
@@ -822,7 +830,7 @@ if __name__ == "__main__":
     evaluations = "env_steps,updates,episode,return,length,env_id\n"
 
     # the run folder, and if the run goes on, all that it had
-    lock = model.lock_folder(run_dir)
+    lock = model.lock_folder(run_dir, checkpoint)
     inputs = [model.sha256(f"{folder}/targets.json") for folder in teachers]
     if checkpoint:
         parts = {"net": net, "self_play": self_play_net, "target": target_net, "next_target": next_target_net}
@@ -834,15 +842,15 @@ if __name__ == "__main__":
         updates, evaluated, scores, evaluations, measured, eta, similar = values
         eta, similar = eta.to(device), similar.to(device)
     if args.resume:
-        model.rewind_events(run_dir, checkpoint)
+        model.rewind_events(run_dir, checkpoint["events"] if checkpoint else {})
 
     # TRY NOT TO MODIFY: start the game
     start_time, start_steps = time.time(), env_steps
     bar = tqdm(total=total_updates, initial=updates, unit="update", dynamic_ncols=True)
-    with bar, model.one_line_errors(run_dir, bar):
+    with bar, model.stop_if_not_finite(run_dir, bar):
         writer = make_writer(args, run_name, run_dir)
         while True:
-            last = updates == total_updates
+            last = updates >= total_updates
             if (last or updates % args.eval_every == 0) and evaluated < updates:
                 movie = [] if args.capture_video else None
                 settings = args.eval_episodes, args.eval_max_frames, args.num_simulations, device, movie, interrupted
@@ -853,8 +861,8 @@ if __name__ == "__main__":
                     bar.set_postfix(eval_return=f"{returns.mean():.1f}")
                     if movie:
                         save_gif(f"{run_dir}/video-{updates}.gif", movie)
-            if interrupted or evaluated == updates or updates % args.checkpoint_every == 0:
-                writer.flush()
+            stop = last or bool(interrupted)  # once: a signal may come at any moment
+            if stop or evaluated == updates or updates % args.checkpoint_every == 0:
                 parts = {"net": net, "self_play": self_play_net, "target": target_net, "next_target": next_target_net}
                 parts |= {"optimizer": optimizer, "rng": rng, "generator": generator}
                 values = {"updates": updates, "evaluated": evaluated, "scores": scores, "evaluations": evaluations}
@@ -862,14 +870,14 @@ if __name__ == "__main__":
                 actions = replay.action[: replay.size - args.num_envs].reshape(-1, args.num_envs).astype(np.uint8)
                 values |= {"actions": torch.from_numpy(actions), "checksum": games.checksum.hexdigest()}
                 content = parts, replays, max(1, updates // 200), values
-                saved = model.save_checkpoint(run_dir, args, inputs, *content, keep_going=not (last or interrupted))
+                saved = model.save_checkpoint(run_dir, writer, args, inputs, *content, keep_going=not stop)
             if evaluated == updates and saved:
                 model.write_file(f"{run_dir}/evaluations.csv", evaluations.encode(), keep_going=not last)
                 saved_args = vars(args) | {"teachers": [os.path.relpath(folder, run_dir) for folder in teachers]}
                 counters = {"updates": updates, "env_steps": env_steps, "scores": scores}
                 agent = net, saved_args, [args.env_id, *env_ids], counters
                 model.save_model(f"{run_dir}/model.pt", *agent, keep_going=not last)
-            if last or interrupted:
+            if stop:
                 break
 
             wanted = min(args.total_timesteps, max(args.learning_starts, updates + 1))  # environment steps
@@ -957,15 +965,17 @@ if __name__ == "__main__":
                 writer.add_scalar("charts/updates", updates, env_steps)
                 speed = (env_steps - start_steps) / (time.time() - start_time)
                 writer.add_scalar("charts/SPS", int(speed), updates)
+                writer.flush()
             updates += 1
             bar.update()
-        writer.close()
     envs.close()
 
     if interrupted:
         print(f"{run_dir}: stopped at update {updates} by {interrupted[0]}. Next: the same command with --resume")
         sys.exit(model.INTERRUPTED)
-    if args.save_dataset and not os.path.exists(args.save_dataset):
+    if args.save_dataset and os.path.exists(args.save_dataset):
+        print(f"{args.save_dataset}: exists, left as it is")
+    elif args.save_dataset:
         versions = {name: version(name) for name in ("ale-py", "gymnasium", "numpy", "torch")}
         settings = {"frame": [96, 96, 3], "frameskip": 4, "sticky_actions": 0.0, "num_envs": args.num_envs}
         rom = atari_rom(args.env_id)

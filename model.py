@@ -21,10 +21,13 @@ import json
 import math
 import os
 import pathlib
+import pickletools
+import re
 import shutil
 import signal
 import sys
 import threading
+import time
 import zipfile
 from dataclasses import dataclass
 
@@ -34,8 +37,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.utils.tensorboard import SummaryWriter
 
 MODEL_FORMAT, CHECKPOINT_FORMAT = "xtra-model-2", "xtra-checkpoint-2"
+PLAIN_TYPES = r"torch \w+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict"  # what our files may hold
 
 
 @dataclass(frozen=True)
@@ -308,7 +313,7 @@ def write_file(path, content, keep_going=False):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if os.path.exists(temporary):
+        with contextlib.suppress(OSError):
             os.remove(temporary)
         problem = f"{path} could not be written ({error.strerror or error}); free space or choose another folder"
         if not keep_going:
@@ -335,11 +340,11 @@ def write_manifest(path, format, fields, files):
     write_file(path, json.dumps(manifest, indent=1).encode())
 
 
-def load_manifest(path, format, fields):
+def load_manifest(path, format, fields, files):
     """Reads what `write_manifest` wrote and checks every file that it names -> dict.
 
-    fields: the type that each field must have. Exits with one line if a file is missing, damaged, of another format
-    version or not the one that was named.
+    fields: the type that each field must have; files: the names that must be there, with fields in {}. Exits with one
+    line if a file is missing, damaged, of another format version or not the one that was named.
     """
     try:
         with open(path, "rb") as file:
@@ -357,14 +362,21 @@ def load_manifest(path, format, fields):
         raise SystemExit(f"error: {path} is damaged (its checksum differs); copy or make its folder again")
     if found != format:
         raise SystemExit(f"error: {path} has format {found!r}, expected {format!r}; make its folder again")
-    if not isinstance(digests, dict) or any(type(manifest.get(name)) is not kind for name, kind in fields.items()):
+    values = [manifest.get(name) for name in fields]
+    if not all(type(x) is kind and str(x).isprintable() for x, kind in zip(values, fields.values(), strict=True)):
         expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in fields.items())
         raise SystemExit(f"error: {path} lacks a field or has one of another type, expected {expected}; make it again")
-    for name, digest in digests.items():
+    files = [name.format(**manifest) for name in files]
+    if not isinstance(digests, dict) or sorted(digests) != sorted(files):
+        raise SystemExit(f"error: {path} does not name its files, expected {', '.join(files)}; make it again")
+    for name in files:
         file = os.path.join(os.path.dirname(path), name)
-        if not os.path.isfile(file):
-            raise SystemExit(f"error: {file} not found, but {path} names it; put it back or make the folder again")
-        if sha256(file) != digest:
+        try:
+            found = sha256(file)
+        except OSError as error:
+            hint = "put it back or make the folder again"
+            raise SystemExit(f"error: {file} not found ({error.strerror}), but {path} names it; {hint}") from None
+        if found != digests[name]:
             raise SystemExit(f"error: {file} is damaged, or does not belong to {path} (its sha256 differs)")
     return manifest
 
@@ -404,15 +416,20 @@ def load_torch(path, format):
     if data[-64:] != hashlib.sha256(data[:-64]).hexdigest().encode():
         raise SystemExit(f"error: {path} is damaged or is no file of this project (its sha256 differs); write it again")
     try:
-        if sum(entry.file_size for entry in zipfile.ZipFile(io.BytesIO(data)).infolist()) > len(data):
+        archive = zipfile.ZipFile(io.BytesIO(data))
+        if sum(entry.file_size for entry in archive.infolist()) > len(data):
             raise ValueError("it unpacks to more than its own size")
+        (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        for operation, name, _ in pickletools.genops(archive.read(pickled)):  # stricter than weights_only
+            if "GLOBAL" in operation.name and not re.fullmatch(PLAIN_TYPES, str(name)):
+                raise ValueError(f"it wants to call {name}")
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         found = content["format"]
     except Exception as error:  # torch.load answers a foreign file with any of a dozen types
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise SystemExit(f"error: {path} is no {format} ({reason}); write it again") from None
-    if found != format:
-        raise SystemExit(f"error: {path} has format {found!r}, expected {format!r}; write it anew")
+    if type(found) is not str or found != format:
+        raise SystemExit(f"error: {path} has format {str(found)[:40]!r}, expected {format!r}; write it anew")
     return content
 
 
@@ -473,7 +490,7 @@ def load_arrays(path, expected):
                         raise ValueError(f"{name} is {found_dtype} {found_shape}, expected {dtype} {shape}")
                     size = math.prod(shape) * np.dtype(dtype).itemsize
                     arrays[name] = np.frombuffer(entry.read(size), dtype).reshape(shape)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile and numpy answer a foreign file with any of a dozen types
         reason = " ".join(str(error).split())[:120]
         raise SystemExit(f"error: {path} is not as its folder says ({reason}); make the folder again") from None
     return arrays
@@ -497,10 +514,11 @@ def catch_signals():
     return interrupted
 
 
-def lock_folder(folder):
+def lock_folder(folder, checkpoint=None):
     """Makes a run folder and locks it until this process ends, however it ends -> the open lock file.
 
-    Exits with one line if the folder cannot be written or if another process holds it.
+    Exits with one line if the folder cannot be written, if another process holds it, or if one has written a checkpoint
+    since `load_checkpoint` looked.
     """
     try:
         os.makedirs(folder, exist_ok=True)
@@ -511,32 +529,70 @@ def lock_folder(folder):
     except OSError as error:
         reason = f"{error.strerror}, expected a folder that can be written"
         raise SystemExit(f"error: --run-dir {folder}: {reason}; choose another") from None
+    if checkpoint_time(folder) != (checkpoint["time"] if checkpoint else None):
+        raise SystemExit(f"error: --run-dir {folder}: another process has gone on with this run; start again")
     return lock
 
 
-def event_sizes(folder):
-    """{name: bytes} of TensorBoard's files in a run folder, all safely on disk."""
+def checkpoint_time(folder):
+    """When the checkpoint of a run folder was written, in ns; None if there is none."""
+    path = f"{folder}/checkpoint.pt"
+    return os.stat(path).st_mtime_ns if os.path.exists(path) else None
+
+
+def event_sizes(folder, sync=False):
+    """{name: bytes} of TensorBoard's files in a run folder. sync: whether to wait until the disk has them."""
     sizes = {}
     for name in sorted(name for name in os.listdir(folder) if name.startswith("events.out.tfevents")):
         with open(f"{folder}/{name}", "rb") as file:
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
             sizes[name] = os.fstat(file.fileno()).st_size
     return sizes
 
 
-def rewind_events(folder, checkpoint):
-    """Cuts TensorBoard's files back to what they were at a checkpoint, or removes them all if it is None: then they are
-    of a start that was killed before its first one. Exits with one line if one is missing or too short."""
-    sizes, found = checkpoint["events"] if checkpoint else {}, event_sizes(folder)
+def rewind_events(folder, sizes):
+    """Cuts TensorBoard's files back to the `event_sizes` of a moment before; warns if one is missing or too short."""
+    found = event_sizes(folder)
     for name, size in sizes.items():
         if found.get(name, -1) < size:
-            problem = f"{folder}/{name} is missing or shorter than at the checkpoint"
-            raise SystemExit(f"error: {problem}; put it back, or start anew in another --run-dir")
+            print(f"warning: {folder}/{name} is missing or cut: TensorBoard's curves have a gap", file=sys.stderr)
     for name in found:
-        if name in sizes:
-            os.truncate(f"{folder}/{name}", sizes[name])
-        else:
+        if name not in sizes:
             os.remove(f"{folder}/{name}")
+        elif sizes[name] < found[name]:
+            os.truncate(f"{folder}/{name}", sizes[name])
+
+
+class Log:
+    """TensorBoard's writer, which keeps what a full disk does not take until there is space again."""
+
+    def __init__(self, folder):
+        threading.excepthook = lambda _: None  # of the writer's thread: `flush` gets its error
+        self.folder, self.sizes, self.pending, self.writer = folder, event_sizes(folder), [], None
+
+    def add_scalar(self, key, value, step):
+        self.pending.append(("add_scalar", key, value, step, time.time()))
+
+    def add_text(self, key, text):
+        self.pending.append(("add_text", key, text, 0, time.time()))
+
+    def flush(self, keep_going=True):
+        """Writes what is pending -> whether it is on disk. Without keep_going a failure exits with one line."""
+        try:
+            self.writer = self.writer or SummaryWriter(self.folder)
+            for method, *event in self.pending:
+                getattr(self.writer, method)(*event)
+            self.writer.flush()
+            self.sizes, self.pending = event_sizes(self.folder), []
+        except OSError as error:
+            self.writer = None
+            rewind_events(self.folder, self.sizes)
+            problem = f"{self.folder}: TensorBoard's file could not be written ({error.strerror or error})"
+            if not keep_going:
+                raise SystemExit(f"error: {problem}; free space, then start again with --resume") from None
+            print(f"\nwarning: {problem}; the run goes on and tries again", file=sys.stderr)
+        return not self.pending
 
 
 def replay_state(replay, version):
@@ -557,20 +613,27 @@ def restore_replay(replay, state):
         raise ValueError("priorities are not finite and above 0 where there are actions")
 
 
-def save_checkpoint(run_dir, args, inputs, parts, replays, version, values, keep_going=False):
+def save_checkpoint(run_dir, log, args, inputs, parts, replays, version, values, keep_going=False):
     """Writes all that a run needs to go on exactly as if it had not stopped.
 
-    args: the script's Args; inputs: sha256 of what it reads; parts: {name: network, optimizer or generator}; version:
-    of the current target network; values: counters and results, tensors and plain values. keep_going and the return
-    value: as of `write_file`.
+    log: is flushed first. args: the script's Args. inputs: sha256 of what it reads. parts: {name: network, optimizer or
+    generator}. version: of the current target network. values: counters and results, tensors and plain values.
+    keep_going and the return value: as of `write_file`.
     """
+    if not log.flush(keep_going):
+        return False
     states = {}
     for name, part in parts.items():
         if isinstance(part, np.random.Generator):
             states[name] = json.dumps(part.bit_generator.state)
         else:
             states[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
-    content = {"format": CHECKPOINT_FORMAT, "args": vars(args), "inputs": inputs, "events": event_sizes(run_dir)}
+    content = {
+        "format": CHECKPOINT_FORMAT,
+        "args": vars(args),
+        "inputs": inputs,
+        "events": event_sizes(run_dir, sync=True),
+    }
     content |= {"states": states, "replays": [replay_state(x, version) for x in replays], "values": values}
     return save_torch(f"{run_dir}/checkpoint.pt", content, keep_going)
 
@@ -581,18 +644,26 @@ def load_checkpoint(args):
     Exits with one line if a flag changed that makes it another run, and where `load_torch` does.
     """
     path = f"{args.run_dir}/checkpoint.pt"
-    if not args.resume or not os.path.exists(path):
+    written = checkpoint_time(args.run_dir)
+    if not args.resume or written is None:
         return None
-    checkpoint = load_torch(path, CHECKPOINT_FORMAT)
+    checkpoint = load_torch(path, CHECKPOINT_FORMAT) | {"time": written}
     try:
         before = {name: checkpoint["args"][name] for name in vars(args)}
-        if type(checkpoint["values"]["updates"]) is not int or not isinstance(checkpoint["replays"], list):
-            raise TypeError("updates or replays")
-    except (KeyError, TypeError) as error:
+        kinds = [type(checkpoint[name]) for name in ("values", "replays", "events")]
+        if kinds != [dict, list, dict] or type(checkpoint["values"]["updates"]) is not int:
+            raise KeyError("values, replays or events")
+        if checkpoint["values"]["updates"] < 0 or not all(
+            type(n) is int and n >= 0 for n in checkpoint["events"].values()
+        ):
+            raise KeyError("numbers of 0 or more")
+    except (KeyError, TypeError, IndexError) as error:
         raise SystemExit(f"error: {path} lacks {error}: expected a run of this script; choose another folder") from None
-    may_change = ("run_dir", "resume", "checkpoint_every", "cuda", "track", "wandb_project_name", "wandb_entity")
+    may_change = ["run_dir", "resume", "checkpoint_every", "cuda", "track", "wandb_project_name", "wandb_entity"]
+    may_change += ["capture_video", "save_dataset"]
+    may_change += ["datasets", "teachers", "pretrained"]  # `restore` compares what is in them
     for name, value in vars(args).items():
-        if name not in (*may_change, "capture_video", "save_dataset") and before[name] != value:
+        if name not in may_change and before[name] != value:
             hint = "give the flags that it was started with, or another --run-dir"
             raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, but {path} has {before[name]}; {hint}")
     return checkpoint
@@ -652,10 +723,17 @@ def check_finite(loss, gradient_norm, terms, sample_names, net, batch):
     raise FloatingPointError(what, {"batch": batch._asdict(), "weights": net.state_dict()})
 
 
+def finite_values(value_logits, env_id, obs):
+    """Value logits [n, S] as scalars, numpy [n]; raises `FloatingPointError(what, tensors)` if one is not finite."""
+    value = support_to_scalar(value_logits).cpu().numpy()
+    if not np.isfinite(value).all():
+        raise FloatingPointError(f"the value of a state of {env_id}", {"obs": obs})
+    return value
+
+
 @contextlib.contextmanager
-def one_line_errors(run_dir, bar):
-    """Ends the run with one line where a number is not finite or a log cannot be written. bar: counts the updates."""
-    threading.excepthook = lambda _: None  # of TensorBoard's thread; the next `add_scalar` raises its error here
+def stop_if_not_finite(run_dir, bar):
+    """Ends the run with one line where a number is not finite, and keeps what led to it. bar: counts the updates."""
     try:
         yield
     except FloatingPointError as error:
@@ -664,9 +742,6 @@ def one_line_errors(run_dir, bar):
         save_torch(path, {"format": "xtra-not-finite-1", "update": bar.n, "what": what, **tensors}, keep_going=True)
         hint = f"the run before it is in checkpoint.pt; look at {path}, then try a lower --learning-rate"
         raise SystemExit(f"error: {what} is not finite at update {bar.n}; {hint}") from None
-    except OSError as error:  # its curves would have a hole
-        hint = "free space, then start again with --resume"
-        raise SystemExit(f"error: {run_dir}: TensorBoard or the terminal cannot be written ({error}); {hint}") from None
 
 
 def free_memory():
@@ -687,10 +762,11 @@ def free_memory():
     return free
 
 
-def check_memory(device, run_dir, config, rows, samples, roots, num_simulations, disk):
+def check_memory(device, run_dir, config, rows, samples, roots, num_simulations, disk=None):
     """Prints what a run needs at its full length and exits with one line if it is not there.
 
-    rows: of all replays together; samples: of an update; roots: of its largest search; disk: bytes of its other files.
+    rows: of all replays together; samples: of an update; roots: of its largest search; disk: {path: bytes} of what it
+    writes besides its networks.
     Counted: frames and weights. Estimated: what training saves for its backward pass, or a search for its tree.
     """
     channels, lstm_size, blocks = config.channels, config.lstm_size, config.blocks
@@ -700,17 +776,19 @@ def check_memory(device, run_dir, config, rows, samples, roots, num_simulations,
     search = roots * (4 * num_simulations * (36 * channels + 2 * lstm_size) + 9216 * (12 * 9 + 2 * channels))
     work = 5 * weights + max(training, search) * (0.5 if device.type == "cuda" else 1)  # bf16
     data, rest = rows * 3 * 96 * 96, rows * 130 + (3e9 if device.type == "cuda" else 6e8)  # libraries
-    run_dir = pathlib.Path(run_dir).absolute()
-    folder = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
-    needs = {"disk": (disk + 8 * weights, shutil.disk_usage(folder).free)}
+    disk = {run_dir: (4 if checkpoint_time(run_dir) else 8) * weights} | (disk or {})
+    needs = {}
+    for path, size in disk.items():
+        folders = [pathlib.Path(path).absolute(), *pathlib.Path(path).absolute().parents]
+        needs[f"disk for {path}"] = size, shutil.disk_usage(next(x for x in folders if x.is_dir())).free
     if device.type == "cuda":
         needs |= {"GPU memory": (data + work, torch.cuda.mem_get_info(device)[0]), "RAM": (rest, free_memory())}
     else:
         needs |= {"RAM": (data + work + rest, free_memory())}
-    texts = [f"{needed / 1e9:.1f} GB of {name} ({free / 1e9:.1f} free)" for name, (needed, free) in needs.items()]
+    texts = [f"{needed / 1e6:,.0f} MB of {name} ({free / 1e6:,.0f} free)" for name, (needed, free) in needs.items()]
     print("this run needs about " + ", ".join(texts))
     for text, (name, (needed, free)) in zip(texts, needs.items(), strict=True):
         if needed > free:
             flags = "lower --batch-size, --channels, --num-simulations or the steps stored"
-            hint = "choose another --run-dir" if name == "disk" else flags
+            hint = "free some or choose another folder" if name.startswith("disk") else flags
             raise SystemExit(f"error: this run needs about {text}; {hint}")

@@ -46,7 +46,7 @@ def commands(name):
         lines = re.findall(r"^    ((?:\w+=\w+ )?python .*)$", read(name), re.M)
     variables = {"RUN": "runs/x"}
     for line in lines:
-        line = line.strip().removeprefix("srun ")
+        line = re.sub(r"^(srun |until )", "", line.strip()).removesuffix("; do")
         for key, value in sorted(variables.items(), key=lambda item: -len(item[0])):
             line = line.replace(f"${key}", value)
         if assignment := re.fullmatch(r"""(\w+)=("[^"$]*"|[^\s"$]+)""", line):
@@ -129,7 +129,7 @@ def test_sizes():
     assert stated.keys() == lines.keys()
     for name in FIVE:
         assert abs(lines[name] - stated[name]) <= 15, f"{name} has {lines[name]} lines, README.md says {stated[name]}"
-    assert sum(lines.values()) < 3300
+    assert sum(lines.values()) < 3400
 
 
 def test_nothing_points_outside_the_repository():

@@ -19,11 +19,13 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import model
 from model import (
     EfficientZeroNet,
+    Log,
     ModelConfig,
     check_finite,
     check_memory,
@@ -35,7 +37,6 @@ from model import (
     load_model,
     load_torch,
     lock_folder,
-    one_line_errors,
     random_intensity,
     random_shift,
     rewind_events,
@@ -44,6 +45,7 @@ from model import (
     scalar_to_support,
     scalar_transform,
     scale_gradient,
+    stop_if_not_finite,
     support_to_scalar,
     write_file,
     write_manifest,
@@ -625,6 +627,7 @@ def test_a_folder_that_is_not_there_is_one_line(tmp_path):
 
 
 FIELDS = {"rows": int, "env_id": str, "settings": dict}
+FILES = ["data"]
 
 
 @pytest.fixture
@@ -637,7 +640,7 @@ def manifest(tmp_path):
 
 
 def test_a_manifest_gives_back_its_fields(manifest, tmp_path):
-    fields = load_manifest(manifest, "test-1", FIELDS)
+    fields = load_manifest(manifest, "test-1", FIELDS, FILES)
     assert fields["rows"] == 3 and fields["env_id"] == "A" and fields["settings"] == {"x": [1, 2.5]}
     # printf 0123456789 | sha256sum
     assert fields["sha256"] == {"data": "84d89877f0d4041efb6bf91a16f0248f2fd573e6af05c19f96bedb9f882f7882"}
@@ -651,7 +654,7 @@ def test_a_flipped_byte_anywhere_in_a_manifest_is_refused(manifest, flip):
     for i in range(len(content)):
         with open(manifest, "wb") as file:
             file.write(content[:i] + bytes([content[i] ^ flip]) + content[i + 1 :])
-        assert manifest in stop_message(load_manifest, manifest, "test-1", FIELDS), i
+        assert manifest in stop_message(load_manifest, manifest, "test-1", FIELDS, FILES), i
 
 
 def test_a_truncated_manifest_is_refused(manifest):
@@ -660,7 +663,7 @@ def test_a_truncated_manifest_is_refused(manifest):
     for length in range(len(content)):
         with open(manifest, "wb") as file:
             file.write(content[:length])
-        assert manifest in stop_message(load_manifest, manifest, "test-1", FIELDS), length
+        assert manifest in stop_message(load_manifest, manifest, "test-1", FIELDS, FILES), length
 
 
 @pytest.mark.parametrize("position", [0, 5, 9])
@@ -668,23 +671,23 @@ def test_a_flipped_byte_in_a_named_file_is_refused(manifest, tmp_path, position)
     content = bytearray(b"0123456789")
     content[position] ^= 1
     (tmp_path / "data").write_bytes(content)
-    message = stop_message(load_manifest, manifest, "test-1", FIELDS)
+    message = stop_message(load_manifest, manifest, "test-1", FIELDS, FILES)
     assert str(tmp_path / "data") in message and "damaged" in message
 
 
 def test_a_missing_file_is_named(manifest, tmp_path):
     (tmp_path / "data").unlink()
-    assert f"{tmp_path}/data not found" in stop_message(load_manifest, manifest, "test-1", FIELDS)
+    assert f"{tmp_path}/data not found" in stop_message(load_manifest, manifest, "test-1", FIELDS, FILES)
     os.unlink(manifest)
-    assert f"{manifest} not found" in stop_message(load_manifest, manifest, "test-1", FIELDS)
+    assert f"{manifest} not found" in stop_message(load_manifest, manifest, "test-1", FIELDS, FILES)
 
 
 def test_a_file_in_place_of_the_folder_is_one_line(manifest):
-    assert manifest in stop_message(load_manifest, f"{manifest}/meta.json", "test-1", FIELDS)
+    assert manifest in stop_message(load_manifest, f"{manifest}/meta.json", "test-1", FIELDS, FILES)
 
 
 def test_another_format_version_is_named(manifest):
-    message = stop_message(load_manifest, manifest, "test-2", FIELDS)
+    message = stop_message(load_manifest, manifest, "test-2", FIELDS, FILES)
     assert "'test-1'" in message and "'test-2'" in message
 
 
@@ -701,7 +704,7 @@ def test_another_format_version_is_named(manifest):
 )
 def test_a_field_that_is_missing_or_of_another_type_is_one_line(manifest, fields):
     write_manifest(manifest, "test-1", fields, ["data"])
-    message = stop_message(load_manifest, manifest, "test-1", FIELDS)
+    message = stop_message(load_manifest, manifest, "test-1", FIELDS, FILES)
     assert manifest in message and "rows (int), env_id (str), settings (dict)" in message
 
 
@@ -711,7 +714,7 @@ def test_a_manifest_in_another_layout_is_refused(manifest):
     for text in (json.dumps(fields), json.dumps(fields, indent=2), json.dumps(fields, indent=1) + "\n"):
         with open(manifest, "w") as file:
             file.write(text)
-        assert f"{manifest} is damaged" in stop_message(load_manifest, manifest, "test-1", FIELDS)
+        assert f"{manifest} is damaged" in stop_message(load_manifest, manifest, "test-1", FIELDS, FILES)
 
 
 @pytest.mark.parametrize(
@@ -723,7 +726,7 @@ def test_json_that_is_no_manifest_is_one_line(tmp_path, content):
     path = str(tmp_path / "meta.json")
     with open(path, "w") as file:
         file.write(content)
-    assert path in stop_message(load_manifest, path, "test-1", FIELDS)
+    assert path in stop_message(load_manifest, path, "test-1", FIELDS, FILES)
 
 
 def test_a_manifest_is_plain_json(manifest):
@@ -828,26 +831,53 @@ def run_folder(tmp_path):
 def test_event_sizes_are_those_of_tensorboards_files_on_disk(run_folder, monkeypatch):
     synced = []
     monkeypatch.setattr("os.fsync", lambda fd: synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))))
-    assert event_sizes(str(run_folder)) == {name: len(content) for name, content in EVENTS.items()}
+    assert event_sizes(str(run_folder)) == {name: len(content) for name, content in EVENTS.items()} and not synced
+    assert event_sizes(str(run_folder), sync=True) == event_sizes(str(run_folder))
     assert synced == sorted(EVENTS)  # a checkpoint must not promise bytes that a power failure takes
 
 
 def test_rewinding_cuts_what_came_after_the_checkpoint(run_folder):
-    rewind_events(str(run_folder), {"events": {"events.out.tfevents.1.a": 4, "events.out.tfevents.2.a": 3}})
+    rewind_events(str(run_folder), {"events.out.tfevents.1.a": 4, "events.out.tfevents.2.a": 3})
     others = {"model.pt": b"weights", "my.events.out.tfevents": b"mine"}
     first, second, _ = EVENTS
     assert contents(run_folder) == others | {first: b"0123", second: b"abc"}  # the third was begun later
-    rewind_events(str(run_folder), None)
+    rewind_events(str(run_folder), {})
     assert contents(run_folder) == others
 
 
 @pytest.mark.parametrize("lost", [{"events.out.tfevents.1.a": 11}, {"events.out.tfevents.0.a": 0}])
-def test_a_file_of_tensorboard_that_lost_something_is_one_line(run_folder, lost):
-    before = contents(run_folder)
+def test_a_file_of_tensorboard_that_lost_something_is_a_warning(run_folder, lost, capsys):
     (name,) = lost
-    message = stop_message(rewind_events, str(run_folder), {"events": {"events.out.tfevents.2.a": 1} | lost})
-    assert f"{run_folder}/{name} is missing or shorter" in message
-    assert contents(run_folder) == before
+    rewind_events(str(run_folder), {"events.out.tfevents.2.a": 1} | lost)
+    assert f"{run_folder}/{name} is missing or cut" in capsys.readouterr().err
+    assert contents(run_folder)["events.out.tfevents.2.a"] == b"a"
+
+
+def scalars(folder):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("x")]
+
+
+def test_the_log_keeps_what_a_full_disk_does_not_take(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("threading.excepthook", threading.excepthook)  # put back what Log sets
+    log = Log(str(tmp_path))
+    for step in range(30):
+        log.add_scalar("x", step / 2, step)
+        full = 10 <= step < 20
+        with pytest.MonkeyPatch.context() as patch:
+            if full:
+                patch.setattr(
+                    "tensorboard.compat.tensorflow_stub.io.gfile.LocalFileSystem._write", lambda *_: out_of_space(0)
+                )
+            assert log.flush() is not full
+    assert "TensorBoard's file could not be written (No space left on device)" in capsys.readouterr().err
+    assert scalars(tmp_path) == [(step, step / 2) for step in range(30)]  # each of them once
+    monkeypatch.setattr(
+        "tensorboard.compat.tensorflow_stub.io.gfile.LocalFileSystem._write", lambda *_: out_of_space(0)
+    )
+    log.add_scalar("x", 1.0, 30)
+    assert "TensorBoard" in stop_message(partial(log.flush, keep_going=False))
 
 
 # ---- numbers that are not finite
@@ -907,17 +937,9 @@ def test_a_sum_that_overflows_is_the_loss():
     assert checked({"policy": ONES}, loss=INF) == "the loss"
 
 
-@pytest.fixture
-def excepthook():
-    """Puts back what `one_line_errors` replaces."""
-    before = threading.excepthook
-    yield
-    threading.excepthook = before
-
-
-def test_a_number_that_is_not_finite_ends_the_run_with_one_line_and_a_post_mortem(tmp_path, excepthook):
+def test_a_number_that_is_not_finite_ends_the_run_with_one_line_and_a_post_mortem(tmp_path):
     def update():
-        with one_line_errors(str(tmp_path), SimpleNamespace(n=7)):
+        with stop_if_not_finite(str(tmp_path), SimpleNamespace(n=7)):
             raise FloatingPointError("the value loss of Hero", {"batch": {"obs": torch.arange(3)}})
 
     message = stop_message(update)
@@ -931,19 +953,10 @@ def test_a_number_that_is_not_finite_ends_the_run_with_one_line_and_a_post_morte
         assert "is not finite at update 7" in stop_message(update)
 
 
-def test_a_full_disk_under_tensorboard_ends_the_run_with_one_line(tmp_path, excepthook):
-    def update():
-        with one_line_errors(str(tmp_path), SimpleNamespace(n=7)):
-            out_of_space(0)
-
-    message = stop_message(update)
-    assert str(tmp_path) in message and "No space left on device" in message and "--resume" in message
-
-
-def test_other_errors_and_the_end_of_a_run_pass_through(tmp_path, excepthook):
-    with pytest.raises(ZeroDivisionError), one_line_errors(str(tmp_path), SimpleNamespace(n=7)):
+def test_other_errors_and_the_end_of_a_run_pass_through(tmp_path):
+    with pytest.raises(ZeroDivisionError), stop_if_not_finite(str(tmp_path), SimpleNamespace(n=7)):
         1 / 0  # noqa: B018
-    with one_line_errors(str(tmp_path), SimpleNamespace(n=7)):
+    with stop_if_not_finite(str(tmp_path), SimpleNamespace(n=7)):
         pass
     assert os.listdir(tmp_path) == []
 
@@ -998,7 +1011,7 @@ def test_free_memory_here_is_some_and_less_than_the_machine_has():
     assert 0 < free_memory() <= psutil.virtual_memory().total
 
 
-SMALL = {"rows": 100, "samples": 8, "roots": 16, "num_simulations": 4, "disk": 1_000}
+SMALL = {"rows": 100, "samples": 8, "roots": 16, "num_simulations": 4, "disk": {"data": 1_000}}
 
 
 def check(run_dir, device="cpu", config=TINY, **sizes):
@@ -1024,10 +1037,10 @@ def test_a_run_that_does_not_fit_is_one_line(tmp_path, plenty, capsys, device, w
     check(tmp_path, device)  # there is enough
     plenty(**{kind: 100_000})
     message = stop_message(partial(check, tmp_path, device))
-    assert f"GB of {words} (0.0 free)" in message
-    assert ("--run-dir" if words == "disk" else "--batch-size") in message
+    assert f"MB of {words}" in message and "(0 free)" in message
+    assert ("another folder" if words == "disk" else "--batch-size") in message
     out = capsys.readouterr().out
-    assert out.count("this run needs about ") == 2 and f"GB of {words} (1000.0 free)" in out
+    assert out.count("this run needs about ") == 2 and f"MB of {words}" in out and "(1,000,000 free)" in out
     assert os.listdir(tmp_path) == []
 
 
@@ -1035,7 +1048,7 @@ def needed(capsys, name, device="cpu", config=TINY, **sizes):
     """Gigabytes of `name` that the line of `check_memory` says."""
     check("runs/nowhere/yet", device, config, **sizes)  # no folder of the three is there
     line = capsys.readouterr().out
-    return float(line.split(f" GB of {name}")[0].split()[-1])
+    return float(line.split(f" MB of {name}")[0].split()[-1].replace(",", "")) / 1000
 
 
 @pytest.mark.parametrize("device, name", [("cpu", "RAM"), ("cuda", "GPU memory")])
@@ -1051,7 +1064,7 @@ def test_larger_batches_and_searches_need_more(plenty, capsys, flag):
 
 
 def test_the_files_of_a_run_count(plenty, capsys):
-    assert needed(capsys, "disk", disk=5_000_000_000) == pytest.approx(5, abs=0.11)
+    assert needed(capsys, "disk for data", disk={"data": 5_000_000_000}) == pytest.approx(5, abs=0.11)
     assert not os.path.exists("runs/nowhere")
 
 

@@ -478,7 +478,7 @@ def test_another_format_version_is_named(small):
 def test_a_dataset_of_other_environment_settings_is_refused(small, changed):
     fields = META | {"rows": 20, "env_steps": 18, "settings": META["settings"] | changed}
     write_manifest(f"{small}/meta.json", "xtra-dataset-1", fields, ["frames", "steps.npz"])
-    assert "expected 96x96x3, frameskip 4" in refusal(small)
+    assert "expected 96x96x3 and frameskip 4" in refusal(small)
 
 
 @pytest.mark.parametrize("field", ["rows", "env_steps", "env_id", "settings"])

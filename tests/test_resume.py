@@ -267,16 +267,13 @@ def test_a_full_disk_stops_nothing_that_can_wait(toy):
     assert_same_run(folder / "scratch0", folder / "full")
 
 
-def test_a_full_disk_under_tensorboard_stops_the_run_and_loses_nothing(toy):
-    folder, stages = toy
-    script, flags, *_ = stages["scratch0"]
+def test_a_full_disk_keeps_the_scalars_until_there_is_space(toy):
+    folder, _ = toy
     process, output = in_training(toy, "scratch0", "fuller")
-    limit(process, 4000)
-    assert process.wait() == 1 and "Traceback" not in output.read_text()
-    assert (
-        output.read_text().splitlines()[-1].startswith("error: fuller: TensorBoard or the terminal cannot be written")
-    )
-    succeed(folder, script, f"{flags} --resume", "fuller")
+    limit(process, 4000)  # less than TensorBoard's file
+    wait_for((output, "warning: fuller: TensorBoard's file could not be written (File too large)"), process)
+    limit(process, resource.RLIM_INFINITY)
+    assert process.wait() == 0 and "Traceback" not in output.read_text()
     assert_same_run(folder / "scratch0", folder / "fuller")
 
 
@@ -311,13 +308,29 @@ def test_what_may_not_change_between_a_run_and_its_resumption(toy):
     folder, stages = toy
     for name, change, words in (
         ("student", "--seed 2", "error: --seed is 2, but changed-student/checkpoint.pt has 1; give the flags"),
-        ("teacher0", "--datasets data1", "error: --datasets is ('data1',), but changed-teacher0/checkpoint.pt has"),
+        ("teacher0", "--datasets data1", "error: changed-teacher0/checkpoint.pt does not fit this run"),
     ):
         script, flags, *_ = stages[name]
         os.makedirs(folder / f"changed-{name}")
         os.link(folder / name / "checkpoint.pt", folder / f"changed-{name}" / "checkpoint.pt")
         status, output = run(folder, script, f"{flags} {change} --resume", f"changed-{name}")
         assert status == 1 and output.splitlines()[-1].startswith(words)
+
+
+def test_a_process_that_was_overtaken_while_it_loaded_its_data(toy):
+    """It has looked for a checkpoint, found none, and meanwhile another process has run from start to end."""
+    folder, stages = toy
+    script, flags, *_ = stages["student"]
+    slow = start(folder, script, f"{flags} --resume", "overtaken")
+    wait_for((folder / "overtaken.out", "this run needs"), slow)
+    slow.send_signal(signal.SIGSTOP)
+    (folder / "overtaken.out").rename(folder / "slow.out")
+    assert run(folder, script, f"{flags} --resume", "overtaken")[0] == 0
+    slow.send_signal(signal.SIGCONT)
+    assert slow.wait() == 1
+    expected = "error: --run-dir overtaken: another process has gone on with this run; start again"
+    assert (folder / "slow.out").read_text().splitlines()[-1] == expected
+    assert_same_run(folder / "student", folder / "overtaken")
 
 
 def test_a_game_that_does_not_replay_is_an_error(toy):

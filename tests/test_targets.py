@@ -193,4 +193,8 @@ def test_a_search_that_is_not_finite_names_its_game(place):
     with pytest.raises(FloatingPointError) as error:
         run_search(inference_copy(net), "Hero", obs, np.ones((2, 18), bool), 3, np.random.default_rng(0), noise=True)
     what, tensors = error.value.args
-    assert what.startswith("the search of Hero (") and "\n" not in what and tensors["obs"] is obs
+    assert (
+        what.startswith("the value of a state of Hero" if place == "value" else "the search of Hero (")
+        and "\n" not in what
+        and tensors["obs"] is obs
+    )
