@@ -250,7 +250,8 @@ def replay_games(envs, replay, games, values, total_timesteps, has_lives):
     """
     actions, checksum = values.get("actions"), values.get("checksum")
     is_log = isinstance(actions, torch.Tensor) and actions.dtype == torch.uint8 and actions.ndim == 2
-    if not is_log or not actions.is_contiguous() or actions.shape[1] != replay.num_envs or (actions >= 18).any():
+    fits = is_log and actions.is_contiguous() and actions.numel() <= 2 * len(replay.action)
+    if not fits or actions.shape[1] != replay.num_envs or (actions >= 18).any():
         raise SystemExit("error: the checkpoint has no action log of these environments; start the run anew")
     env_steps = 0
     for action in tqdm(actions.long().numpy(), unit="step", desc="replaying the games", leave=False):

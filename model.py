@@ -443,6 +443,14 @@ def save_model(path, net, args, task_ids, counters, keep_going=False):
     save_torch(path, content | {"args": args, "task_ids": list(task_ids), "counters": counters}, keep_going)
 
 
+def check_weights(found, expected):
+    """Raises a ValueError unless two state dicts have the same names, shapes and types, and `found` is finite."""
+    if {name: (x.shape, x.dtype) for name, x in found.items()} != {n: (x.shape, x.dtype) for n, x in expected.items()}:
+        raise ValueError("names, shapes or types of the weights differ")
+    if not all(x.isfinite().all() for x in found.values()):
+        raise ValueError("weights are not finite")
+
+
 def load_model(path, device="cpu"):
     """Reads what `save_model` wrote -> (net in eval mode on `device`, the dict without the weights).
 
@@ -454,14 +462,10 @@ def load_model(path, device="cpu"):
         config, weights = ModelConfig(**content["config"]), content.pop("model")
         if not all(type(n) is int and 1 <= n <= 65_536 for n in vars(config).values()) or config.blocks > 64:
             raise ValueError(f"{config} is out of range")
-        with torch.device("meta"):  # shapes without memory
-            expected = {name: (x.shape, x.dtype) for name, x in EfficientZeroNet(config).state_dict().items()}
-        if expected != {name: (x.shape, x.dtype) for name, x in weights.items()}:
-            raise ValueError("names, shapes or types of the weights differ")
         if sum(x.numel() * x.element_size() for x in weights.values()) > os.path.getsize(path):
             raise ValueError("the weights claim more memory than the file has")
-        if not all(x.isfinite().all() for x in weights.values()):
-            raise ValueError("weights are not finite")
+        with torch.device("meta"):  # shapes without memory
+            check_weights(weights, EfficientZeroNet(config).state_dict())
         if [type(content[name]) for name in ("args", "task_ids", "counters")] != [dict, list, dict]:
             raise ValueError("args, task_ids or counters have another type")
         net = EfficientZeroNet(config).to(device)
@@ -663,7 +667,7 @@ def load_checkpoint(args):
     may_change += ["capture_video", "save_dataset"]
     may_change += ["datasets", "teachers", "pretrained"]  # `restore` compares what is in them
     for name, value in vars(args).items():
-        if name not in may_change and before[name] != value:
+        if name not in may_change and (type(before[name]) is not type(value) or before[name] != value):
             hint = "give the flags that it was started with, or another --run-dir"
             raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, but {path} has {before[name]}; {hint}")
     return checkpoint
@@ -681,6 +685,8 @@ def restore(run_dir, checkpoint, inputs, parts, replays, **kinds):
             raise ValueError("its datasets or teachers were exchanged since")
         for name, part in parts.items():
             state = checkpoint["states"][name]
+            if isinstance(part, nn.Module):
+                check_weights(state, part.state_dict())
             if isinstance(part, np.random.Generator):
                 part.bit_generator.state = json.loads(state)
             elif isinstance(part, torch.Generator):
@@ -696,7 +702,7 @@ def restore(run_dir, checkpoint, inputs, parts, replays, **kinds):
         for (name, kind), value in zip(kinds.items(), values, strict=True):
             if tuple(value.shape) != kind if isinstance(kind, tuple) else type(value) is not kind:
                 raise ValueError(f"{name} is {type(value).__name__}, expected {kind}")
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
         hint = "start with the same files on the same kind of device, or in another --run-dir"
         raise SystemExit(f"error: {path} does not fit this run ({reason}); {hint}") from None
@@ -711,16 +717,11 @@ def check_finite(loss, gradient_norm, terms, sample_names, net, batch):
     """
     if torch.isfinite(loss + gradient_norm):
         return
-    what = "the loss"
-    for name, parameter in net.named_parameters():
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
-            what = f"the gradient of {name}"
-            break
-    for name, term in terms.items():
-        if not term.isfinite().all():
-            what = f"the {name} loss of {sample_names[int((~term.isfinite()).nonzero()[0])]}"
-            break
-    raise FloatingPointError(what, {"batch": batch._asdict(), "weights": net.state_dict()})
+    bad = [(name, ~term.isfinite()) for name, term in terms.items() if not term.isfinite().all()]
+    found = [f"the {name} loss of {sample_names[int(where.nonzero()[0])]}" for name, where in bad]
+    gradients = [(name, x.grad) for name, x in net.named_parameters() if x.grad is not None]
+    found += [f"the gradient of {name}" for name, gradient in gradients if not gradient.isfinite().all()]
+    raise FloatingPointError([*found, "the loss"][0], {"batch": batch._asdict(), "weights": net.state_dict()})
 
 
 def finite_values(value_logits, env_id, obs):

@@ -269,7 +269,7 @@ def rewrite_targets(visits=5, value=0.0, rows=STEPS + 1, **changed):
     arrays["visits"][:, 3] = visits
     np.savez("teacher-one/targets.npz", **arrays)
     fields = {"dataset": "../data-one", "rows": rows, "num_simulations": 5} | changed
-    files = ["model.pt", "targets.npz", "../data-one/meta.json"]
+    files = ["model.pt", "targets.npz", f"{fields['dataset'] or '../data-one'}/meta.json"]
     write_manifest("teacher-one/targets.json", "xtra-targets-1", fields, files)
 
 
@@ -449,14 +449,14 @@ def test_a_checkpoint_that_is_none(work, monkeypatch, script):
 def test_a_run_that_the_memory_does_not_suffice_for(work, monkeypatch, script):
     monkeypatch.setattr("model.free_memory", lambda: 10**8)
     message = refused(monkeypatch, script, *small(script), "--run-dir", "runs/mine")
-    assert "GB of RAM (0.1 free)" in message and "--batch-size" in message
+    assert "MB of RAM (100 free)" in message and "--batch-size" in message
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_that_the_disk_does_not_suffice_for(work, monkeypatch, script):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10**5))
     message = refused(monkeypatch, script, *small(script), "--run-dir", "runs/mine")
-    assert "GB of disk (0.0 free)" in message and "--run-dir" in message
+    assert "MB of disk for runs/mine (0 free)" in message and "another folder" in message
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -349,7 +349,7 @@ def test_a_game_that_does_not_replay_is_an_error(toy):
 def test_what_cannot_fit_is_refused_at_once(tmp_path):
     status, output = run(tmp_path, "finetune.py", "--env-id toy_env:Catch-v0 --total-timesteps 2000000000", "run")
     assert status == 1 and not (tmp_path / "run").exists()
-    assert "GB of RAM (" in output.splitlines()[-1] and "lower --batch-size" in output.splitlines()[-1]
+    assert "MB of RAM (" in output.splitlines()[-1] and "lower --batch-size" in output.splitlines()[-1]
 
 
 # --- the long versions: make faults ---
