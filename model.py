@@ -470,7 +470,7 @@ def load_model(path, device="cpu"):
             raise ValueError("args, task_ids or counters have another type")
         net = EfficientZeroNet(config).to(device)
         net.load_state_dict(weights)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise SystemExit(f"error: {path} does not fit its own config ({reason}); write it again") from None
     return net.eval(), content
