@@ -554,6 +554,7 @@ if __name__ == "__main__":
     if checkpoint:
         kinds = {"updates": int, "evaluated": int, "scores": dict, "evaluations": str}
         updates, evaluated, scores, evaluations = model.restore(run_dir, checkpoint, inputs, parts, replays, **kinds)
+        model.write_file(f"{run_dir}/evaluations.csv", evaluations.encode(), keep_going=True)  # it may be torn
     if args.resume:
         model.rewind_events(run_dir, checkpoint["events"] if checkpoint else {})
 

@@ -842,6 +842,7 @@ if __name__ == "__main__":
         values = model.restore(run_dir, checkpoint, inputs, parts, replays, **kinds)
         updates, evaluated, scores, evaluations, measured, eta, similar = values
         eta, similar = eta.to(device), similar.to(device)
+        model.write_file(f"{run_dir}/evaluations.csv", evaluations.encode(), keep_going=True)  # it may be torn
     if args.resume:
         model.rewind_events(run_dir, checkpoint["events"] if checkpoint else {})
 

@@ -632,13 +632,8 @@ def save_checkpoint(run_dir, log, args, inputs, parts, replays, version, values,
             states[name] = json.dumps(part.bit_generator.state)
         else:
             states[name] = part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
-    content = {
-        "format": CHECKPOINT_FORMAT,
-        "args": vars(args),
-        "inputs": inputs,
-        "events": event_sizes(run_dir, sync=True),
-    }
-    content |= {"states": states, "replays": [replay_state(x, version) for x in replays], "values": values}
+    content = {"format": CHECKPOINT_FORMAT, "args": vars(args), "inputs": inputs, "states": states, "values": values}
+    content |= {"replays": [replay_state(x, version) for x in replays], "events": event_sizes(run_dir, sync=True)}
     return save_torch(f"{run_dir}/checkpoint.pt", content, keep_going)
 
 
@@ -655,13 +650,10 @@ def load_checkpoint(args):
     try:
         before = {name: checkpoint["args"][name] for name in vars(args)}
         kinds = [type(checkpoint[name]) for name in ("values", "replays", "events")]
-        if kinds != [dict, list, dict] or type(checkpoint["values"]["updates"]) is not int:
+        counts = [checkpoint["values"]["updates"], *checkpoint["events"].values()]
+        if kinds != [dict, list, dict] or not all(type(n) is int and n >= 0 for n in counts):
             raise KeyError("values, replays or events")
-        if checkpoint["values"]["updates"] < 0 or not all(
-            type(n) is int and n >= 0 for n in checkpoint["events"].values()
-        ):
-            raise KeyError("numbers of 0 or more")
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise SystemExit(f"error: {path} lacks {error}: expected a run of this script; choose another folder") from None
     may_change = ["run_dir", "resume", "checkpoint_every", "cuda", "track", "wandb_project_name", "wandb_entity"]
     may_change += ["capture_video", "save_dataset"]
