@@ -745,7 +745,10 @@ def load_networks(args, device):
         found, asked = getattr(pretrained.config, name), getattr(args, name)
         if asked not in (None, found):
             raise SystemExit(f"error: --{name} {asked}, but --pretrained {args.pretrained} has {found}; drop the flag")
-    teachers = [os.path.join(args.pretrained, str(folder)) for folder in checkpoint["args"].get("teachers") or ()]
+    teachers = checkpoint["args"].get("teachers", [])
+    if type(teachers) is not list or not all(isinstance(folder, str) and folder.isprintable() for folder in teachers):
+        raise SystemExit(f"error: {args.pretrained}/model.pt names teachers that are no folders; train it again")
+    teachers = [os.path.join(args.pretrained, folder) for folder in teachers]
     if args.cross_task and args.total_timesteps and not (args.teachers or teachers):
         raise SystemExit(f"error: --pretrained {args.pretrained} names no teachers; give --teachers or --no-cross-task")
     net = model.EfficientZeroNet(pretrained.config).to(device)

@@ -416,14 +416,20 @@ def load_torch(path, format):
     if data[-64:] != hashlib.sha256(data[:-64]).hexdigest().encode():
         raise SystemExit(f"error: {path} is damaged or is no file of this project (its sha256 differs); write it again")
     try:
-        archive = zipfile.ZipFile(io.BytesIO(data))
+        archive, clean = zipfile.ZipFile(io.BytesIO(data)), io.BytesIO()
         if sum(entry.file_size for entry in archive.infolist()) > len(data):
             raise ValueError("it unpacks to more than its own size")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("it is compressed")
+        with zipfile.ZipFile(clean, "w") as copied:  # a zip may have a second directory, which torch alone would read
+            for name in archive.namelist():
+                copied.writestr(name, archive.read(name))
         (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         for operation, name, _ in pickletools.genops(archive.read(pickled)):  # stricter than weights_only
             if "GLOBAL" in operation.name and not re.fullmatch(PLAIN_TYPES, str(name)):
                 raise ValueError(f"it wants to call {name}")
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        clean.seek(0)
+        content = torch.load(clean, map_location="cpu", weights_only=True)
         found = content["format"]
     except Exception as error:  # torch.load answers a foreign file with any of a dozen types
         reason = " ".join(str(error).split())[:120] or type(error).__name__
@@ -610,8 +616,15 @@ def replay_state(replay, version):
 
 def restore_replay(replay, state):
     """Puts back what `replay_state` kept; raises a ValueError or its like if it is not of this replay."""
-    for name in ("policy", "value", "policy_version", "value_version"):
-        getattr(replay, name)[state["fresh"].numpy()] = state[name].numpy()
+    fresh = state["fresh"]
+    names = ("policy", "value", "policy_version", "value_version")
+    expected = {name: torch.from_numpy(getattr(replay, name)[: len(fresh)]) for name in names}
+    expected |= {"fresh": fresh.new_empty(len(fresh), dtype=torch.int64)}
+    check_weights(state, expected | {"priority": torch.from_numpy(replay.priority[: replay.size])})
+    if not ((0 <= fresh) & (fresh < replay.size)).all() or not (fresh.diff() > 0).all():
+        raise ValueError("targets are of rows that the replay does not have")
+    for name in names:
+        getattr(replay, name)[fresh.numpy()] = state[name].numpy()
     replay.priority[: replay.size] = priority = state["priority"].numpy()
     if not (np.isfinite(priority).all() and ((priority > 0) == replay.acted[: replay.size]).all()):
         raise ValueError("priorities are not finite and above 0 where there are actions")
@@ -661,7 +674,9 @@ def load_checkpoint(args):
     for name, value in vars(args).items():
         if name not in may_change and (type(before[name]) is not type(value) or before[name] != value):
             hint = "give the flags that it was started with, or another --run-dir"
-            raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, but {path} has {before[name]}; {hint}")
+            raise SystemExit(
+                f"error: --{name.replace('_', '-')} is {value}, but {path} has {before[name]!a:.99}; {hint}"
+            )
     return checkpoint
 
 
@@ -679,20 +694,26 @@ def restore(run_dir, checkpoint, inputs, parts, replays, **kinds):
             state = checkpoint["states"][name]
             if isinstance(part, nn.Module):
                 check_weights(state, part.state_dict())
+            if isinstance(part, torch.optim.Optimizer):
+                parameters = dict(enumerate(part.param_groups[0]["params"]))
+                buffers = {i: momentum["momentum_buffer"] for i, momentum in state["state"].items()}
+                check_weights(buffers, {i: parameters[i] for i in buffers})
+                settings = [repr([x | {"lr": 0.0} for x in y["param_groups"]]) for y in (state, part.state_dict())]
+                if settings[0] != settings[1] or type(state["param_groups"][0]["lr"]) is not float:
+                    raise ValueError(f"the settings of {name} differ")
             if isinstance(part, np.random.Generator):
                 part.bit_generator.state = json.loads(state)
             elif isinstance(part, torch.Generator):
                 part.set_state(state)
             else:
                 part.load_state_dict(state)
-            for parameter, momentum in part.state.items() if isinstance(part, torch.optim.Optimizer) else ():
-                if momentum["momentum_buffer"].shape != parameter.shape:
-                    raise ValueError(f"the shapes of {name} differ")
         for replay, state in zip(replays, checkpoint["replays"], strict=True):
             restore_replay(replay, state)
         values = [checkpoint["values"][name] for name in kinds]
         for (name, kind), value in zip(kinds.items(), values, strict=True):
-            if tuple(value.shape) != kind if isinstance(kind, tuple) else type(value) is not kind:
+            if isinstance(kind, tuple):
+                check_weights({name: value}, {name: torch.empty(kind)})
+            elif type(value) is not kind:
                 raise ValueError(f"{name} is {type(value).__name__}, expected {kind}")
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]

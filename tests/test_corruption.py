@@ -909,6 +909,26 @@ def end_record(data):
     return position, struct.unpack("<4s4H2LH", data[position : position + 22])
 
 
+def two_directories():
+    """A zip whose directory lists one good entry, and whose zip64 locator leads torch to a second one, of a bomb."""
+    large = deflated("student/model.pt")
+    with zipfile.ZipFile(io.BytesIO(large)) as archive:
+        small = zip_bytes({"archive/data.pkl": archive.read("archive/data.pkl")})
+    position, record = end_record(large)
+    second_position, second = end_record(small)
+    count, size, start = record[4:7]
+    data = large[:position] + small[: second[6]]
+    directory = bytearray(small[second[6] : second_position])
+    struct.pack_into("<L", directory, 42, position)  # where its one entry starts now
+    end64 = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, start)
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, len(data), 1)
+    data += end64
+    struct.pack_into("<H", directory, 32, 60 + len(locator))  # its comment: filler, then the locator
+    directory += bytes(60) + locator
+    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 1, 1, len(directory), len(data), 0)
+    forge("student/model.pt", data + bytes(directory) + end)
+
+
 class Reduced:
     """Pickles as the call of a function that torch.load allows."""
 
@@ -1007,6 +1027,7 @@ HUGE = {
     "a zstd frame of 256 MB that claims to be small": (zstd_lies, "dataset"),
     "a zstd frame with a large window": (zstd_wants_a_window, "dataset"),
     "a deflated model": (deflated_model, "student"),
+    "a model with two directories": (two_directories, "student"),
     "a bytearray of 512 MB": (bytes_of_nothing, "student"),
     "a tensor of 2 GB without values": (tensor_of_nothing, "student"),
     "a storage larger than its record": (storage_of_nothing, "student"),
@@ -1208,6 +1229,47 @@ def change_at(content, place, change):
     new = VALUES[which] if how == "put" else TENSORS[which](tensor)
     if type(new) is not type(old) or not isinstance(new, str | int | float | None):
         content[last] = new
+
+
+WEIGHT, MOMENTUM = ("net", "representation.layers.0.weight"), ("optimizer", "state", 0, "momentum_buffer")
+
+
+@pytest.mark.parametrize(
+    "place, change",
+    [
+        (("args", "seed"), lambda old: torch.zeros(3)),
+        (("args", "seed"), lambda old: "a\nb"),
+        (("args", "seed"), lambda old: float(old)),
+        (("states", *WEIGHT), TENSORS["int64"]),
+        (("states", *WEIGHT), TENSORS["not a number"]),
+        (("states", *MOMENTUM), TENSORS["bfloat16"]),
+        (("states", *MOMENTUM), TENSORS["not a number"]),
+        (("states", "optimizer", "param_groups", 0, "momentum"), lambda old: 0.5),
+        (("states", "optimizer", "param_groups", 0, "nesterov"), lambda old: "text"),
+        (("replays", 0, "policy"), TENSORS["not a number"]),
+        (("replays", 0, "policy"), lambda old: old[0]),
+        (("replays", 0, "value"), TENSORS["int64"]),
+        (("replays", 0, "fresh"), lambda old: old - 1),
+        (("replays", 0, "fresh"), lambda old: old.flip(0)),
+        (("replays", 1, "priority"), TENSORS["float16"]),
+        (("values", "eta"), TENSORS["not a number"]),
+        (("values", "eta"), TENSORS["int64"]),
+    ],
+)
+def test_a_checkpoint_with_one_wrong_value_is_refused(work, resume_fast, place, change):
+    def put(content):
+        for name in place[:-1]:
+            content = content[name]
+        content[place[-1]] = change(content[place[-1]])
+
+    forge_torch("run/checkpoint.pt", put)
+    assert "run/checkpoint.pt" in refusal(resume)
+
+
+@pytest.mark.parametrize("teachers", [5, True, "text", [5], [None], ["a\nb"], {"a": 1}, torch.zeros(3), None, []])
+def test_a_student_of_strange_teachers_is_refused(work, teachers):
+    forge_torch("student/model.pt", lambda content: content["args"].update(teachers=teachers))
+    assert "student" in refusal(load_student)
 
 
 @pytest.mark.parametrize("path", TORCH_FILES)
