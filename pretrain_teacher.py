@@ -627,6 +627,7 @@ if __name__ == "__main__":
                 writer.flush()
             updates += 1
             bar.update()
+        bar.close()
         if m == 1 and not os.path.exists(f"{run_dir}/targets.json"):  # its search policy and value for every state
             settings = env_ids[0], replays[0], legal[0], args.num_simulations, rng, interrupted
             write_targets(run_dir, args.datasets[0], model.inference_copy(net), *settings)
