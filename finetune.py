@@ -378,10 +378,11 @@ def load_task(folder, device):
     """
     meta = targets_meta(folder)
     dataset = os.path.join(folder, meta["dataset"])
-    env_id, rows = dataset_meta(dataset)["env_id"], meta["rows"]
+    rows = meta["rows"]
     arrays = {"visits": (np.uint16, (rows, 18)), "value": (np.float32, (rows,))}
     arrays = model.load_arrays(f"{folder}/targets.npz", arrays)
-    replay = load_dataset(dataset, device)[0]
+    replay, data = load_dataset(dataset, device)
+    env_id = data["env_id"]
     scores = model.load_model(f"{folder}/model.pt")[1]["counters"].get("scores")
     score = scores.get(env_id) if isinstance(scores, dict) else None
     searched = (arrays["visits"].sum(axis=1, dtype=np.int64) == meta["num_simulations"]).all()

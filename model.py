@@ -1,5 +1,5 @@
-"""The EfficientZero networks, the value transform, the augmentation and the checkpoint. Everything here is tensors in,
-tensors out, alike in train and eval mode and on any device.
+"""The EfficientZero networks, the value transform and the augmentation: tensors in, tensors out, alike in train and
+eval mode and on any device. Below them, what all scripts need to write whole files and to go on after an interruption.
 
     o_t-3..o_t --h--> s_0 --g(a_t)--> s_1 --g(a_t+1)--> s_2 ...    h  RepresentationNetwork    B  batch
                        |               |                           g  DynamicsNetwork          C  channels of the latent
@@ -519,8 +519,8 @@ def catch_signals():
         interrupted.append(signal.Signals(number).name)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        signal.signal(getattr(signal, name), note)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, note)
     return interrupted
 
 
