@@ -14,7 +14,10 @@ The x-axis is updates; there are no environment steps outside evaluation.
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall a busy CPU; read as torch loads
+if os.path.exists(
+    "/proc/driver/nvidia"
+):  # the tree's threads sleep while the GPU works; on a CPU that costs torch 2.5x
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read as torch loads
 
 import re
 import sys
@@ -48,6 +51,8 @@ class Args:
     run_dir: str | None = None  # the folder to write; default runs/{env_id}__{exp_name}__{seed}__{time}
     resume: bool = False  # whether to go on from the checkpoint in --run-dir; where there is none, the run starts
     checkpoint_every: int = 1_000  # updates between checkpoints; each evaluation and each interruption writes one too
+    compile: bool = torch.cuda.is_available()  # whether torch.compile fuses the loss; by default on a GPU only
+    cudagraphs: bool = torch.cuda.is_available()  # whether a GPU records its kernels and launches them as one graph
 
     # Algorithm specific arguments
     teachers: tuple[str, ...] = ()  # run folders of pretrain_teacher.py, one per game
@@ -148,9 +153,10 @@ class Replay:
     i + E holds o_t+1. A row that was not acted on holds the last frame of a game, or the newest frame of its stream.
     """
 
-    def __init__(self, rows, num_envs, device):
-        self.num_envs, self.size = num_envs, 0
-        self.frames = torch.zeros(rows, 3, 96, 96, dtype=torch.uint8, device=device)  # [R, 3, 96, 96] taken at once
+    def __init__(self, rows, num_envs, device, frames_on_host=False):
+        self.num_envs, self.size, self.device = num_envs, 0, torch.device(device)
+        place = "cpu" if frames_on_host else device  # what is gathered goes to `device` in any case
+        self.frames = torch.zeros(rows, 3, 96, 96, dtype=torch.uint8, device=place)  # [R, 3, 96, 96] taken at once
         self.action = np.zeros(rows, np.int64)  # [R] ALE ids
         self.reward = np.zeros(rows, np.float32)  # [R] raw: clipped where targets are made
         self.acted = np.zeros(rows, bool)  # [R]
@@ -177,7 +183,7 @@ def dataset_meta(folder):
 
 
 # Copied from pretrain_teacher.py
-def load_dataset(folder, device):
+def load_dataset(folder, device, frames_on_host=False):
     """Reads a dataset folder (docs/finetune.md, "Datasets") -> (Replay with E = 1 and priorities 1, its meta.json).
 
     Exits with one line if the folder is missing, damaged, of another format version or of other environment settings.
@@ -193,7 +199,7 @@ def load_dataset(folder, device):
         raise SystemExit(
             f"error: {folder}/steps.npz has offsets, actions or rewards out of range; make the folder again"
         )
-    replay = Replay(R, 1, device)
+    replay = Replay(R, 1, device, frames_on_host)
     replay.size = R
     decompressor = zstandard.ZstdDecompressor()
     with open(path, "rb") as file:
@@ -207,7 +213,7 @@ def load_dataset(folder, device):
                 chunk = np.frombuffer(decompressor.decompress(data), np.uint8).reshape(n, 96, 96, 3)
             except (zstandard.ZstdError, ValueError) as error:
                 raise SystemExit(f"error: {path} cannot be unpacked ({error}); make the folder again") from None
-            replay.frames[start : start + n] = torch.tensor(chunk).permute(0, 3, 1, 2).to(device)
+            replay.frames[start : start + n] = torch.tensor(chunk).permute(0, 3, 1, 2)
     replay.action[:], replay.reward[:], replay.acted[:] = steps["action"], steps["reward"], steps["acted"]
     replay.end[:] = LIFE_LOST * steps["life_lost"] + GAME_OVER * steps["terminated"] + TIME_LIMIT * steps["truncated"]
     starts = np.ones(R, bool)  # an episode starts after an end or after a row that was not acted on
@@ -238,7 +244,7 @@ def targets_meta(folder):
     return meta
 
 
-def load_task(folder, device):
+def load_task(folder, device, frames_on_host=False):
     """Reads a run folder of pretrain_teacher.py and the dataset that it names -> Task.
 
     Exits with one line if something is missing or damaged, or if teacher and dataset do not belong together.
@@ -248,7 +254,7 @@ def load_task(folder, device):
     rows = meta["rows"]
     arrays = {"visits": (np.uint16, (rows, 18)), "value": (np.float32, (rows,))}
     arrays = model.load_arrays(f"{folder}/targets.npz", arrays)
-    replay, data = load_dataset(dataset, device)
+    replay, data = load_dataset(dataset, device, frames_on_host)
     env_id = data["env_id"]
     scores = model.load_model(f"{folder}/model.pt")[1]["counters"].get("scores")
     score = scores.get(env_id) if isinstance(scores, dict) else None
@@ -261,12 +267,28 @@ def load_task(folder, device):
 
 
 # Copied from pretrain_teacher.py
+def gather_frames(replay, rows):
+    """The frames of `rows`, numpy [n, J] -> uint8 [n, J, 3, 96, 96] on the replay's device. Waits for no GPU."""
+    index = model.upload(rows.ravel(), replay.frames.device)
+    if replay.frames.is_cuda or replay.device.type == "cpu":
+        frames = replay.frames.index_select(0, index)  # [n * J, 3, 96, 96]
+    else:
+        pinned = torch.empty(len(index), 3, 96, 96, dtype=torch.uint8, pin_memory=True)
+        frames = torch.index_select(replay.frames, 0, index, out=pinned).to(replay.device, non_blocking=True)
+    return frames.view(*rows.shape, 3, 96, 96)
+
+
+# Copied from pretrain_teacher.py
 def sample(replay, batch_size, beta, rng):
     """Draws rows without replacement with `P(i) ~ priority_i^0.6` -> rows [B], weights `(N * P(i))^-beta / max` [B]."""
-    probs = replay.priority[: replay.size] ** 0.6  # [R]
-    probs /= probs.sum()
-    rows = rng.choice(replay.size, batch_size, replace=False, p=probs)
-    weight = (np.count_nonzero(probs) * probs[rows]) ** -beta
+    mass = replay.priority[: replay.size] ** 0.6  # [R]
+    left, rows = mass.copy(), np.empty(0, np.int64)
+    while len(rows) < batch_size:  # those drawn twice are drawn again, from what is left
+        cumulative = np.cumsum(left)
+        drawn = np.searchsorted(cumulative / cumulative[-1], rng.random(batch_size - len(rows)), side="right")
+        rows = np.unique(np.concatenate([rows, drawn]))
+        left[rows] = 0
+    weight = (np.count_nonzero(mass) * mass[rows] / mass.sum()) ** -beta
     return rows, weight / weight.max()
 
 
@@ -319,34 +341,44 @@ def make_targets(replay, roots, td_steps, unroll_steps, gamma=0.997**4):
 
 
 # Copied from pretrain_teacher.py
-def run_search(net, env_id, obs, legal, num_simulations, rng, noise):
-    """Searches from obs uint8 [n, 12, 96, 96] with legal [n, A] -> SearchResult, value head at the roots [n].
+def run_search(net, env_id, obs, legal, num_simulations, rng, noise, rank=0, W=1):
+    """Searches the first n of obs uint8 [N, 12, 96, 96], legal [n, A] -> SearchResult of n, value head of all N.
 
     net: an `inference_copy`. num_simulations 0: the policy head stands for the visits. noise: whether to mix Dirichlet
-    noise into the root priors (self-play and reanalyze). Raises `FloatingPointError(what, tensors)`, with env_id
-    in `what`, if the network says something that is not finite.
+    noise into the root priors (self-play and reanalyze). With W processes each does every W-th, and all get the result.
+    Raises `FloatingPointError(what, tensors)`, with env_id in `what`, if the network says something that is not finite.
     """
-    autocast = torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.device.type == "cuda")
-    with torch.no_grad(), autocast:
-        latent, policy_logits, value_logits = net.initial_inference(obs)
-        value = model.finite_values(value_logits, env_id, obs)
-        if num_simulations == 0:
-            logits = policy_logits.float().cpu().masked_fill(~torch.as_tensor(legal), -torch.inf)
-            policy = logits.softmax(-1).numpy()
-            return mcts.SearchResult(policy, value, np.zeros(len(legal))), value
+    n, N, A = len(legal), len(obs), legal.shape[1]
+    noise = mcts.dirichlet_noise(rng, legal)[rank::W] if noise and n else None
+    seeds = rng.integers(1, 2**63, n, dtype=np.uint64)[rank::W] if num_simulations and n else None
+    mine = legal[rank::W]
+    value, visits, rest = np.zeros(N, np.float32), np.zeros((n, A), np.int32), np.zeros((2, n), np.float32)
+    with torch.no_grad(), torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.is_cuda):
+        latent, policy_logits, value_logits = net.initial_inference(obs[rank::W])
+        value[rank::W] = model.finite_values(value_logits, env_id, obs)
+        latent, policy_logits = latent[: len(mine)], policy_logits[: len(mine)]
 
         def recurrent(latent, action, lstm_state):
             latent, lstm_state, prefix, policy, value = net.recurrent_inference(latent, action, lstm_state)
             return latent, lstm_state, model.support_to_scalar(prefix), model.support_to_scalar(value), policy
 
-        options = {"lstm_size": net.config.lstm_size, "threads": min(8, os.cpu_count()) if obs.is_cuda else 1}
-        options["noise"] = mcts.dirichlet_noise(rng, legal) if noise else None
-        options["seeds"] = rng.integers(1, 2**63, len(legal), dtype=np.uint64)
+        options = {"lstm_size": net.config.lstm_size, "noise": noise, "seeds": seeds}
+        if obs.is_cuda:  # the CPU walks the trees of one half while the GPU evaluates the other
+            parts = 2 if len(mine) >= 2 * mcts.PARALLEL_MIN_ROOTS else 1
+            options |= {"threads": min(8, os.cpu_count()), "parts": parts, "memory": net.memory}
+            options["record"] = model.Recorded
         try:
-            result = mcts.search(recurrent, latent, policy_logits, legal, num_simulations, **options)
+            if len(mine) and num_simulations:
+                result = mcts.search(recurrent, latent, policy_logits, mine, num_simulations, **options)
+                visits[rank::W], rest[:, rank::W] = result.visits, (result.root_value, result.depth)
+            elif len(mine):
+                logits = policy_logits.float().cpu().masked_fill(~torch.as_tensor(mine), -torch.inf)
+                visits = logits.softmax(-1).numpy()  # only in evaluations, where there is one process
         except FloatingPointError as error:
             raise FloatingPointError(f"the search of {env_id} ({error})", {"obs": obs}) from None
-    return result, value
+    if W > 1:
+        visits, rest, value = model.add_up(visits), model.add_up(rest), model.add_up(value)
+    return mcts.SearchResult(visits, rest[0], rest[1]), value
 
 
 # Copied from pretrain_teacher.py
@@ -362,24 +394,21 @@ class Batch(NamedTuple):
 
 
 # Copied from pretrain_teacher.py
-def make_batch(replay, targets, weight, rng, generator):
-    """Gathers frames and targets, augments the frames on their device and moves the rest there -> Batch."""
+def make_batch(replay, targets, policy, bootstrap_value, weight, rng, generator):
+    """Gathers frames, augments them on their device and moves the targets there -> Batch. policy [B, K+1, A], 0 where
+    not alive; bootstrap_value [B, K+1]."""
     K = targets.value_prefix.shape[1]
-    policy = replay.policy[targets.rows] * targets.alive[:, :, None]  # [B, K+1, A]
-    value = targets.reward_sum + targets.bootstrap_discount * replay.value[targets.bootstrap_rows]  # [B, K+1]
-    roots, device = targets.rows[:, 0], replay.frames.device
+    value = targets.reward_sum + targets.bootstrap_discount * bootstrap_value  # [B, K+1]
+    roots = targets.rows[:, 0]
     past = roots[:, None] - np.minimum([3, 2, 1], replay.age[roots, None]) * replay.num_envs  # [B, 3]
-    frames = replay.frames[np.concatenate([past, targets.rows], axis=1)]  # [B, K+4, 3, 96, 96]
+    frames = gather_frames(replay, np.concatenate([past, targets.rows], axis=1))  # [B, K+4, 3, 96, 96]
     # Past the end the action is random, as in the reference: masked in every loss, it only enters BN's statistics.
     action = np.where(targets.exists[:, 1:], replay.action[targets.rows[:, :K]], rng.integers(18, size=(len(roots), K)))
-    arrays = [
-        torch.as_tensor(x, dtype=torch.float32) for x in (targets.exists, policy, value, targets.value_prefix, weight)
-    ]
+    arrays = [np.asarray(x, np.float32) for x in (targets.exists, policy, value, targets.value_prefix, weight)]
     return Batch(
         model.augment(frames[:, :4].flatten(1, 2), generator),
         model.augment(frames[:, 1:].flatten(1, 2), generator),
-        torch.as_tensor(action).to(device),
-        *[x.to(device) for x in arrays],
+        *[model.upload(x, replay.device) for x in (action, *arrays)],
     )
 
 
@@ -387,7 +416,9 @@ def teacher_batch(task, size, unroll_steps, td_steps, beta, rng, generator):
     """A batch of one offline task with its teacher's targets: no search, td fixed (XTRA, 3.1) -> rows [size], Batch."""
     rows, weight = sample(task.replay, size, beta, rng)
     targets = make_targets(task.replay, rows, np.full(size, td_steps), unroll_steps)
-    return rows, make_batch(task.replay, targets, weight, rng, generator)
+    policy = task.replay.policy[targets.rows] * targets.alive[:, :, None]  # [size, K+1, A]
+    bootstrap_value = task.replay.value[targets.bootstrap_rows]  # [size, K+1]
+    return rows, make_batch(task.replay, targets, policy, bootstrap_value, weight, rng, generator)
 
 
 # --- loss ---
@@ -433,6 +464,22 @@ def cloning_loss(net, batch):
     policy_logits = net.prediction(net.representation(batch.obs))[0]
     loss = F.cross_entropy(policy_logits.float(), batch.action[:, 0], reduction="none")  # [B]
     return loss, {"policy": loss}, torch.ones_like(loss)
+
+
+# Copied from pretrain_teacher.py
+def compute_gradients(net, parameters, batch, loss_function):
+    """One pass forward and backward -> loss, norm of its gradients, terms and priority per sample [B], gradients.
+
+    The loss that is minimised is `mean(weight * total) / K`, the one returned K times that. With several processes
+    loss and gradients are the means over all of them, terms and priority of this one's samples.
+    """
+    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=batch.obs.is_cuda):
+        total, terms, priority = loss_function(net, batch)
+    loss = (batch.weight * total).mean()
+    gradients = torch.autograd.grad(loss / batch.action.shape[1], parameters, allow_unused=True)
+    loss, *used = model.average([loss.detach(), *[gradient for gradient in gradients if gradient is not None]])
+    norm, used = torch.nn.utils.get_total_norm(used), iter(used)
+    return loss, norm, terms, priority, [None if gradient is None else next(used) for gradient in gradients]
 
 
 # Copied from pretrain_teacher.py
@@ -490,6 +537,8 @@ def check_args(args, may_be_zero=()):
         lowest = 2 if name in ("batch_size", "channels") else lowest  # for batch norm and the first convolution
         if isinstance(value, int | float) and not isinstance(value, bool) and not lowest <= value < float("inf"):
             raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {lowest} or more")
+    if args.cudagraphs and not torch.cuda.is_available():
+        raise SystemExit("error: --cudagraphs needs an NVIDIA GPU, and none was found; drop the flag")
     if args.resume and not args.run_dir:
         raise SystemExit("error: --resume needs the --run-dir that it is to continue; give both")
     if args.run_dir is None or not os.path.exists(args.run_dir):
@@ -514,16 +563,19 @@ if __name__ == "__main__":
     m = len(args.teachers)
     if args.batch_size % m:
         raise SystemExit(f"error: --batch-size {args.batch_size} is not a multiple of the {m} --teachers; make it one")
-    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-
+    if args.batch_size // m % int(os.environ.get("WORLD_SIZE", 1)):
+        raise SystemExit(f"error: --batch-size {args.batch_size} / {m} is not a multiple of torchrun's processes")
+    device, rank, W = model.join_processes(args.cuda)
+    record = args.cudagraphs and device.type == "cuda" and W == 1  # messages between processes are not recorded
     checkpoint = model.load_checkpoint(args)
 
     # data setup
     config = model.ModelConfig.of_width(args.channels, args.blocks)
     rows = sum(targets_meta(folder)["rows"] for folder in args.teachers)
     sizes = {"rows": rows, "samples": args.batch_size, "roots": args.eval_episodes}
-    model.check_memory(device, args.run_dir or "runs", config, num_simulations=args.num_simulations, **sizes)
-    tasks = [load_task(folder, device) for folder in args.teachers]
+    run_dir = args.run_dir or "runs"
+    on_host = model.check_memory(device, run_dir, config, num_simulations=args.num_simulations, **sizes)
+    tasks = [load_task(folder, device, on_host) for folder in args.teachers]
     env_ids = [task.env_id for task in tasks]
     share = args.batch_size // m
     for folder, task in zip(args.teachers, tasks, strict=True):
@@ -540,45 +592,56 @@ if __name__ == "__main__":
 
     # agent setup
     net = model.EfficientZeroNet(config).to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
+    model.share_batch_norms(net)
+    parameters = list(net.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4, fused=True)
     loss_function = cloning_loss if args.policy_target == "actions" else unroll_loss
+    loss_function = torch.compile(loss_function) if args.compile and W == 1 else loss_function
+
+    def update(*batch):
+        return compute_gradients(net, parameters, Batch(*batch), loss_function)
+
+    update = model.Recorded(update) if record else update
     num_simulations = 0 if args.policy_target == "actions" else args.num_simulations
-    sample_names = np.repeat(env_ids, share)  # [B]
+    sample_names = np.repeat(env_ids, share)[rank::W]  # [B / W]
     log_every = max(1, min(100, args.num_updates // 100))  # updates
     updates, evaluated, scores = 0, -1, {}  # evaluated: when the last evaluation was, in updates
     evaluations = "env_steps,updates,episode,return,length,env_id\n"
 
     # the run folder, and if the run goes on, all that it had
-    lock = model.lock_folder(run_dir, checkpoint)
+    lock = model.lock_folder(run_dir, checkpoint) if rank == 0 else None
     inputs = [model.sha256(f"{folder}/targets.json") for folder in args.teachers]
     parts, replays = {"net": net, "optimizer": optimizer, "rng": rng, "generator": generator}, [t.replay for t in tasks]
     if checkpoint:
         kinds = {"updates": int, "evaluated": int, "scores": dict, "evaluations": str}
         updates, evaluated, scores, evaluations = model.restore(run_dir, checkpoint, inputs, parts, replays, **kinds)
-        model.write_file(f"{run_dir}/evaluations.csv", evaluations.encode(), keep_going=True)  # it may be torn
-    if args.resume:
+    if args.resume and rank == 0:
         model.rewind_events(run_dir, checkpoint["events"] if checkpoint else {})
+        if checkpoint:  # the table may be torn
+            model.write_file(f"{run_dir}/evaluations.csv", evaluations.encode(), keep_going=True)
 
     # TRY NOT TO MODIFY: start the training
     start_time, start_updates = time.time(), updates
-    bar = tqdm(total=args.num_updates, initial=updates, unit="update", dynamic_ncols=True)
+    bar = tqdm(total=args.num_updates, initial=updates, unit="update", dynamic_ncols=True, disable=rank > 0)
     with bar, model.stop_if_not_finite(run_dir, bar):
-        writer = make_writer(args, run_name, run_dir)
+        writer = make_writer(args, run_name, run_dir) if rank == 0 else model.Log(None)
         while True:
             last = updates >= args.num_updates
             if (last or updates % args.eval_every == 0) and evaluated < updates:
                 settings = args.eval_episodes, args.eval_max_frames, num_simulations, device, None, interrupted
-                results = [evaluate(model.inference_copy(net), env_id, *settings) for env_id in env_ids]
-                if not interrupted:
-                    for task, (returns, lengths) in zip(tasks, results, strict=True):
+                agent, played = model.inference_copy(net, record), tasks if rank == 0 else []
+                results = [evaluate(agent, task.env_id, *settings) for task in played]
+                if not model.any_interrupted(interrupted):
+                    for task, (returns, lengths) in zip(played, results, strict=True):
                         suffix = f"/{task.env_id}"
                         evaluations += log_evaluation(writer, task.env_id, 0, updates, returns, lengths, suffix)
                         writer.add_scalar(f"charts/teacher/avg_episodic_return/{task.env_id}", task.score, updates)
                         scores[task.env_id] = float(returns.mean())
                     evaluated = updates
-                    bar.set_postfix(eval_return=f"{np.mean(list(scores.values())):.1f}")
-            stop = last or bool(interrupted)  # once: a signal may come at any moment
-            if stop or evaluated == updates or updates % args.checkpoint_every == 0:
+                    bar.set_postfix(eval_return=f"{np.mean([scores.get(env_id, 0.0) for env_id in env_ids]):.1f}")
+            stop = last or model.any_interrupted(interrupted)  # once: a signal may come at any moment
+            saved = False
+            if rank == 0 and (stop or evaluated == updates or updates % args.checkpoint_every == 0):
                 values = {"updates": updates, "evaluated": evaluated, "scores": scores, "evaluations": evaluations}
                 content = parts, replays, 1, values  # no targets of version 1: they are the teachers'
                 saved = model.save_checkpoint(run_dir, writer, args, inputs, *content, keep_going=not stop)
@@ -598,25 +661,26 @@ if __name__ == "__main__":
                 rows, task_batch = teacher_batch(task, share, *settings)
                 drawn.append(rows)
                 batches.append(task_batch)
-            batch = Batch(*[torch.cat(tensors) for tensors in zip(*batches, strict=True)])  # [B, ...], task after task
+            batch = Batch(*[torch.cat(tensors)[rank::W] for tensors in zip(*batches, strict=True)])  # [B / W, ...]
 
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                total, terms, priority = loss_function(net, batch)
-            loss = (batch.weight * total).mean()
+            loss, norm, terms, priority, gradients = update(*batch)  # [B / W] each sample's, task after task
+            numbers = (
+                torch.cat([model.interleave(priority), loss.view(1), norm.view(1)]).cpu().numpy()
+            )  # waits for a GPU
+            model.check_finite(*numbers[-2:], terms, gradients, sample_names, net, batch)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            torch.nn.utils.clip_grads_with_norm_(parameters, 5.0, norm)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(updates, args.num_updates, args.learning_rate)
-            optimizer.zero_grad()
-            (loss / args.unroll_steps).backward()
-            norm = torch.nn.utils.get_total_norm([x.grad for x in net.parameters() if x.grad is not None])
-            model.check_finite(loss, norm, terms, sample_names, net, batch)
-            torch.nn.utils.clip_grads_with_norm_(net.parameters(), 5.0, norm)
             optimizer.step()
-            for task, rows, new in zip(tasks, drawn, priority.cpu().numpy().reshape(m, share), strict=True):
+            for task, rows, new in zip(tasks, drawn, numbers[:-2].reshape(m, share), strict=True):
                 task.replay.priority[rows] = new
 
             if updates % log_every == 0:
-                writer.add_scalar("losses/loss", loss.item(), updates)
+                writer.add_scalar("losses/loss", numbers[-2], updates)
                 for name, term in terms.items():
+                    term = model.interleave(term)  # [B]
                     writer.add_scalar(f"losses/{name}_loss", term.mean().item(), updates)
                     for env_id, mean in zip(env_ids, term.view(m, share).mean(dim=1).tolist(), strict=True):
                         writer.add_scalar(f"losses/{name}_loss/{env_id}", mean, updates)
@@ -628,9 +692,9 @@ if __name__ == "__main__":
             updates += 1
             bar.update()
 
-    if interrupted:
+    if model.any_interrupted(interrupted):
         print(f"{run_dir}: stopped at update {updates} by {interrupted[0]}. Next: the same command with --resume")
         sys.exit(model.INTERRUPTED)
-    for task in tasks:
+    for task in tasks if rank == 0 else []:
         print(f"{task.env_id}: student {scores[task.env_id]:.1f}, its teacher {task.score:.1f}")
     print(f"{run_dir}: student saved. Next: python finetune.py --pretrained {run_dir} --env-id NEW_GAME")

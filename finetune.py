@@ -14,7 +14,10 @@ There is one update per environment step of 4 frames; the x-axis is updates, or 
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall a busy CPU; read as torch loads
+if os.path.exists(
+    "/proc/driver/nvidia"
+):  # the tree's threads sleep while the GPU works; on a CPU that costs torch 2.5x
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read as torch loads
 
 import hashlib
 import re
@@ -53,6 +56,8 @@ class Args:
     run_dir: str | None = None  # the folder to write; default runs/{env_id}__{exp_name}__{seed}__{time}
     resume: bool = False  # whether to go on from the checkpoint in --run-dir; where there is none, the run starts
     checkpoint_every: int = 1_000  # updates between checkpoints; each evaluation and each interruption writes one too
+    compile: bool = torch.cuda.is_available()  # whether torch.compile fuses the loss; by default on a GPU only
+    cudagraphs: bool = torch.cuda.is_available()  # whether a GPU records its kernels and launches them as one graph
     capture_video: bool = False  # whether to write a gif of the first game of each evaluation into the run folder
 
     # Algorithm specific arguments
@@ -71,6 +76,7 @@ class Args:
     eval_every: int = 10_000  # updates between evaluations
     eval_episodes: int = 32  # games of an evaluation, played side by side
     eval_max_frames: int = 108_000  # length at which an evaluation game is cut, in frames (1 step = 4 frames)
+    reanalyze_cache: bool = True  # whether a state is searched once per target network, else each time it is drawn
     save_dataset: str | None = None  # a new folder for what was collected; input of pretrain_teacher.py
 
     # Transfer
@@ -171,9 +177,10 @@ class Replay:
     i + E holds o_t+1. A row that was not acted on holds the last frame of a game, or the newest frame of its stream.
     """
 
-    def __init__(self, rows, num_envs, device):
-        self.num_envs, self.size = num_envs, 0
-        self.frames = torch.zeros(rows, 3, 96, 96, dtype=torch.uint8, device=device)  # [R, 3, 96, 96] taken at once
+    def __init__(self, rows, num_envs, device, frames_on_host=False):
+        self.num_envs, self.size, self.device = num_envs, 0, torch.device(device)
+        place = "cpu" if frames_on_host else device  # what is gathered goes to `device` in any case
+        self.frames = torch.zeros(rows, 3, 96, 96, dtype=torch.uint8, device=place)  # [R, 3, 96, 96] taken at once
         self.action = np.zeros(rows, np.int64)  # [R] ALE ids
         self.reward = np.zeros(rows, np.float32)  # [R] raw: clipped where targets are made
         self.acted = np.zeros(rows, bool)  # [R]
@@ -196,7 +203,7 @@ def add_frames(replay, frames, age):
                 setattr(replay, name, torch.cat([array, torch.empty_like(array)]))
             elif isinstance(array, np.ndarray):
                 setattr(replay, name, np.concatenate([array, np.zeros_like(array)]))
-    replay.frames[rows] = torch.as_tensor(frames).permute(0, 3, 1, 2).to(replay.frames.device)
+    replay.frames[rows] = model.upload(frames, replay.frames.device).permute(0, 3, 1, 2)
     replay.age[rows] = age
     replay.size = rows.stop
 
@@ -307,7 +314,7 @@ def dataset_meta(folder):
 
 
 # Copied from pretrain_teacher.py
-def load_dataset(folder, device):
+def load_dataset(folder, device, frames_on_host=False):
     """Reads a dataset folder (docs/finetune.md, "Datasets") -> (Replay with E = 1 and priorities 1, its meta.json).
 
     Exits with one line if the folder is missing, damaged, of another format version or of other environment settings.
@@ -323,7 +330,7 @@ def load_dataset(folder, device):
         raise SystemExit(
             f"error: {folder}/steps.npz has offsets, actions or rewards out of range; make the folder again"
         )
-    replay = Replay(R, 1, device)
+    replay = Replay(R, 1, device, frames_on_host)
     replay.size = R
     decompressor = zstandard.ZstdDecompressor()
     with open(path, "rb") as file:
@@ -337,7 +344,7 @@ def load_dataset(folder, device):
                 chunk = np.frombuffer(decompressor.decompress(data), np.uint8).reshape(n, 96, 96, 3)
             except (zstandard.ZstdError, ValueError) as error:
                 raise SystemExit(f"error: {path} cannot be unpacked ({error}); make the folder again") from None
-            replay.frames[start : start + n] = torch.tensor(chunk).permute(0, 3, 1, 2).to(device)
+            replay.frames[start : start + n] = torch.tensor(chunk).permute(0, 3, 1, 2)
     replay.action[:], replay.reward[:], replay.acted[:] = steps["action"], steps["reward"], steps["acted"]
     replay.end[:] = LIFE_LOST * steps["life_lost"] + GAME_OVER * steps["terminated"] + TIME_LIMIT * steps["truncated"]
     starts = np.ones(R, bool)  # an episode starts after an end or after a row that was not acted on
@@ -371,7 +378,7 @@ def targets_meta(folder):
 
 
 # Copied from distill.py
-def load_task(folder, device):
+def load_task(folder, device, frames_on_host=False):
     """Reads a run folder of pretrain_teacher.py and the dataset that it names -> Task.
 
     Exits with one line if something is missing or damaged, or if teacher and dataset do not belong together.
@@ -381,7 +388,7 @@ def load_task(folder, device):
     rows = meta["rows"]
     arrays = {"visits": (np.uint16, (rows, 18)), "value": (np.float32, (rows,))}
     arrays = model.load_arrays(f"{folder}/targets.npz", arrays)
-    replay, data = load_dataset(dataset, device)
+    replay, data = load_dataset(dataset, device, frames_on_host)
     env_id = data["env_id"]
     scores = model.load_model(f"{folder}/model.pt")[1]["counters"].get("scores")
     score = scores.get(env_id) if isinstance(scores, dict) else None
@@ -394,22 +401,38 @@ def load_task(folder, device):
 
 
 # Copied from pretrain_teacher.py
+def gather_frames(replay, rows):
+    """The frames of `rows`, numpy [n, J] -> uint8 [n, J, 3, 96, 96] on the replay's device. Waits for no GPU."""
+    index = model.upload(rows.ravel(), replay.frames.device)
+    if replay.frames.is_cuda or replay.device.type == "cpu":
+        frames = replay.frames.index_select(0, index)  # [n * J, 3, 96, 96]
+    else:
+        pinned = torch.empty(len(index), 3, 96, 96, dtype=torch.uint8, pin_memory=True)
+        frames = torch.index_select(replay.frames, 0, index, out=pinned).to(replay.device, non_blocking=True)
+    return frames.view(*rows.shape, 3, 96, 96)
+
+
+# Copied from pretrain_teacher.py
 def stack_frames(replay, rows):
     """The network's input at the states `rows` [n]: uint8 [n, 12, 96, 96], oldest frame first.
 
     Near an episode's start its first frame is repeated, also after a life loss.
     """
     back = np.minimum(np.arange(3, -1, -1), replay.age[rows, None])  # [n, 4]
-    return replay.frames[rows[:, None] - back * replay.num_envs].flatten(1, 2)
+    return gather_frames(replay, rows[:, None] - back * replay.num_envs).flatten(1, 2)
 
 
 # Copied from pretrain_teacher.py
 def sample(replay, batch_size, beta, rng):
     """Draws rows without replacement with `P(i) ~ priority_i^0.6` -> rows [B], weights `(N * P(i))^-beta / max` [B]."""
-    probs = replay.priority[: replay.size] ** 0.6  # [R]
-    probs /= probs.sum()
-    rows = rng.choice(replay.size, batch_size, replace=False, p=probs)
-    weight = (np.count_nonzero(probs) * probs[rows]) ** -beta
+    mass = replay.priority[: replay.size] ** 0.6  # [R]
+    left, rows = mass.copy(), np.empty(0, np.int64)
+    while len(rows) < batch_size:  # those drawn twice are drawn again, from what is left
+        cumulative = np.cumsum(left)
+        drawn = np.searchsorted(cumulative / cumulative[-1], rng.random(batch_size - len(rows)), side="right")
+        rows = np.unique(np.concatenate([rows, drawn]))
+        left[rows] = 0
+    weight = (np.count_nonzero(mass) * mass[rows] / mass.sum()) ** -beta
     return rows, weight / weight.max()
 
 
@@ -469,61 +492,71 @@ def td_steps_by_age(age, total_timesteps, td_steps):
 
 
 # Copied from pretrain_teacher.py
-def run_search(net, env_id, obs, legal, num_simulations, rng, noise):
-    """Searches from obs uint8 [n, 12, 96, 96] with legal [n, A] -> SearchResult, value head at the roots [n].
+def run_search(net, env_id, obs, legal, num_simulations, rng, noise, rank=0, W=1):
+    """Searches the first n of obs uint8 [N, 12, 96, 96], legal [n, A] -> SearchResult of n, value head of all N.
 
     net: an `inference_copy`. num_simulations 0: the policy head stands for the visits. noise: whether to mix Dirichlet
-    noise into the root priors (self-play and reanalyze). Raises `FloatingPointError(what, tensors)`, with env_id
-    in `what`, if the network says something that is not finite.
+    noise into the root priors (self-play and reanalyze). With W processes each does every W-th, and all get the result.
+    Raises `FloatingPointError(what, tensors)`, with env_id in `what`, if the network says something that is not finite.
     """
-    autocast = torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.device.type == "cuda")
-    with torch.no_grad(), autocast:
-        latent, policy_logits, value_logits = net.initial_inference(obs)
-        value = model.finite_values(value_logits, env_id, obs)
-        if num_simulations == 0:
-            logits = policy_logits.float().cpu().masked_fill(~torch.as_tensor(legal), -torch.inf)
-            policy = logits.softmax(-1).numpy()
-            return mcts.SearchResult(policy, value, np.zeros(len(legal))), value
+    n, N, A = len(legal), len(obs), legal.shape[1]
+    noise = mcts.dirichlet_noise(rng, legal)[rank::W] if noise and n else None
+    seeds = rng.integers(1, 2**63, n, dtype=np.uint64)[rank::W] if num_simulations and n else None
+    mine = legal[rank::W]
+    value, visits, rest = np.zeros(N, np.float32), np.zeros((n, A), np.int32), np.zeros((2, n), np.float32)
+    with torch.no_grad(), torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.is_cuda):
+        latent, policy_logits, value_logits = net.initial_inference(obs[rank::W])
+        value[rank::W] = model.finite_values(value_logits, env_id, obs)
+        latent, policy_logits = latent[: len(mine)], policy_logits[: len(mine)]
 
         def recurrent(latent, action, lstm_state):
             latent, lstm_state, prefix, policy, value = net.recurrent_inference(latent, action, lstm_state)
             return latent, lstm_state, model.support_to_scalar(prefix), model.support_to_scalar(value), policy
 
-        options = {"lstm_size": net.config.lstm_size, "threads": min(8, os.cpu_count()) if obs.is_cuda else 1}
-        options["noise"] = mcts.dirichlet_noise(rng, legal) if noise else None
-        options["seeds"] = rng.integers(1, 2**63, len(legal), dtype=np.uint64)
+        options = {"lstm_size": net.config.lstm_size, "noise": noise, "seeds": seeds}
+        if obs.is_cuda:  # the CPU walks the trees of one half while the GPU evaluates the other
+            parts = 2 if len(mine) >= 2 * mcts.PARALLEL_MIN_ROOTS else 1
+            options |= {"threads": min(8, os.cpu_count()), "parts": parts, "memory": net.memory}
+            options["record"] = model.Recorded
         try:
-            result = mcts.search(recurrent, latent, policy_logits, legal, num_simulations, **options)
+            if len(mine) and num_simulations:
+                result = mcts.search(recurrent, latent, policy_logits, mine, num_simulations, **options)
+                visits[rank::W], rest[:, rank::W] = result.visits, (result.root_value, result.depth)
+            elif len(mine):
+                logits = policy_logits.float().cpu().masked_fill(~torch.as_tensor(mine), -torch.inf)
+                visits = logits.softmax(-1).numpy()  # only in evaluations, where there is one process
         except FloatingPointError as error:
             raise FloatingPointError(f"the search of {env_id} ({error})", {"obs": obs}) from None
-    return result, value
+    if W > 1:
+        visits, rest, value = model.add_up(visits), model.add_up(rest), model.add_up(value)
+    return mcts.SearchResult(visits, rest[0], rest[1]), value
 
 
 # Copied from pretrain_teacher.py
-def reanalyze(net, version, env_id, replay, targets, legal, num_simulations, rng):
-    """Brings the stored policies and values that a batch needs up to `net`, the `version`-th target network.
+def reanalyze(net, version, env_id, replay, targets, legal, num_simulations, rng, cache, rank=0, W=1):
+    """Targets of a batch by `net`, the `version`-th target network -> policy [B, K+1, A], bootstrap value [B, K+1], and
+    the SearchResult, or None if nothing was stale.
 
     Policies are searched with noise, values are the value head (a search's root value is an option of the released
     code, off by default). The target network changes every 200 updates only: a state that comes again before that
-    keeps its target, noise included. Returns the SearchResult, or None if nothing was stale.
+    keeps its target, noise included. Without `cache` each sample has a search and a noise of its own, as in the
+    released code. Terminal states get nothing.
     """
-    states = targets.rows[targets.alive]
-    states = np.unique(states[replay.policy_version[states] != version])  # [n]
-    result = None
+    alive, bootstrap = targets.alive, targets.bootstrap_discount > 0  # [B, K+1] bool each
+    searched, valued = targets.rows[alive], targets.bootstrap_rows[bootstrap]
+    if cache:
+        searched = np.unique(searched[replay.policy_version[searched] != version])  # [n]
+        valued = np.unique(valued[replay.value_version[valued] != version])
+        valued = valued[~np.isin(valued, searched, assume_unique=True)]  # the root's encoding has its value too
+    n, states, result = len(searched), np.concatenate([searched, valued]), None
+    policy = np.zeros((*alive.shape, len(legal)), np.float32)
     if len(states):
-        legal = np.repeat(legal[None], len(states), 0)
-        obs = stack_frames(replay, states)
-        result, replay.value[states] = run_search(net, env_id, obs, legal, num_simulations, rng, noise=True)
-        replay.policy[states] = result.visits / num_simulations
-        replay.policy_version[states] = replay.value_version[states] = version
-    states = targets.bootstrap_rows[targets.bootstrap_discount > 0]
-    states = np.unique(states[replay.value_version[states] != version])  # [n]
-    if len(states):
-        obs = stack_frames(replay, states)
-        with torch.no_grad(), torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.is_cuda):
-            replay.value[states] = model.finite_values(net.initial_inference(obs)[2], env_id, obs)
-        replay.value_version[states] = version
-    return result
+        masks, obs = np.repeat(legal[None], n, 0), stack_frames(replay, states)
+        result, value = run_search(net, env_id, obs, masks, num_simulations, rng, True, rank, W)
+        replay.policy[searched], replay.policy_version[searched] = result.visits / num_simulations, version
+        replay.value[states], replay.value_version[states] = value, version
+    policy[alive] = replay.policy[targets.rows[alive]] if cache else result.visits / num_simulations
+    return policy, replay.value[targets.bootstrap_rows], result if n else None
 
 
 # Copied from pretrain_teacher.py
@@ -539,24 +572,21 @@ class Batch(NamedTuple):
 
 
 # Copied from pretrain_teacher.py
-def make_batch(replay, targets, weight, rng, generator):
-    """Gathers frames and targets, augments the frames on their device and moves the rest there -> Batch."""
+def make_batch(replay, targets, policy, bootstrap_value, weight, rng, generator):
+    """Gathers frames, augments them on their device and moves the targets there -> Batch. policy [B, K+1, A], 0 where
+    not alive; bootstrap_value [B, K+1]."""
     K = targets.value_prefix.shape[1]
-    policy = replay.policy[targets.rows] * targets.alive[:, :, None]  # [B, K+1, A]
-    value = targets.reward_sum + targets.bootstrap_discount * replay.value[targets.bootstrap_rows]  # [B, K+1]
-    roots, device = targets.rows[:, 0], replay.frames.device
+    value = targets.reward_sum + targets.bootstrap_discount * bootstrap_value  # [B, K+1]
+    roots = targets.rows[:, 0]
     past = roots[:, None] - np.minimum([3, 2, 1], replay.age[roots, None]) * replay.num_envs  # [B, 3]
-    frames = replay.frames[np.concatenate([past, targets.rows], axis=1)]  # [B, K+4, 3, 96, 96]
+    frames = gather_frames(replay, np.concatenate([past, targets.rows], axis=1))  # [B, K+4, 3, 96, 96]
     # Past the end the action is random, as in the reference: masked in every loss, it only enters BN's statistics.
     action = np.where(targets.exists[:, 1:], replay.action[targets.rows[:, :K]], rng.integers(18, size=(len(roots), K)))
-    arrays = [
-        torch.as_tensor(x, dtype=torch.float32) for x in (targets.exists, policy, value, targets.value_prefix, weight)
-    ]
+    arrays = [np.asarray(x, np.float32) for x in (targets.exists, policy, value, targets.value_prefix, weight)]
     return Batch(
         model.augment(frames[:, :4].flatten(1, 2), generator),
         model.augment(frames[:, 1:].flatten(1, 2), generator),
-        torch.as_tensor(action).to(device),
-        *[x.to(device) for x in arrays],
+        *[model.upload(x, replay.device) for x in (action, *arrays)],
     )
 
 
@@ -565,7 +595,9 @@ def teacher_batch(task, size, unroll_steps, td_steps, beta, rng, generator):
     """A batch of one offline task with its teacher's targets: no search, td fixed (XTRA, 3.1) -> rows [size], Batch."""
     rows, weight = sample(task.replay, size, beta, rng)
     targets = make_targets(task.replay, rows, np.full(size, td_steps), unroll_steps)
-    return rows, make_batch(task.replay, targets, weight, rng, generator)
+    policy = task.replay.policy[targets.rows] * targets.alive[:, :, None]  # [size, K+1, A]
+    bootstrap_value = task.replay.value[targets.bootstrap_rows]  # [size, K+1]
+    return rows, make_batch(task.replay, targets, policy, bootstrap_value, weight, rng, generator)
 
 
 def temperature_at(update, total):
@@ -640,10 +672,33 @@ def gradient_cosines(target_loss, task_losses, parameters):
 
     def flat_gradient(loss):
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
-        return torch.cat([gradient.flatten() for gradient in gradients]).clamp(-5, 5)
+        return model.average([torch.cat([gradient.flatten() for gradient in gradients])])[0].clamp(-5, 5)
 
     target = flat_gradient(target_loss)
     return torch.stack([F.cosine_similarity(target, flat_gradient(loss), dim=0) for loss in task_losses])
+
+
+def transfer_gradients(net, parameters, batch, eta, loss_function, paper_loss, m, share, measure):
+    """One pass forward and backward over the mixed batch, in which the target game's samples come first, then `share`
+    of each of the m offline games -> loss, norm of its gradients, terms and priority per sample, gradients, cosines.
+
+    The loss that is minimised is that of `combine_losses` on `mean(weight * total) / K` of each game, the one returned
+    K times that. measure: whether the cosines are computed, else they are zeros. With several processes loss, gradients
+    and cosines are of all of them, `share`, terms and priority of this one's samples.
+    """
+    K = batch.action.shape[1]
+    # Batch norm sees half target game, half offline games.
+    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=batch.obs.is_cuda):
+        total, terms, priority = loss_function(net, batch)
+    weighted = batch.weight * total / K
+    target_loss = weighted[: len(total) - m * share].mean()
+    task_losses = weighted[len(total) - m * share :].view(m, share).mean(dim=1)  # [m]
+    cosines = gradient_cosines(target_loss, task_losses, parameters) if measure else torch.zeros_like(eta)
+    loss = combine_losses(target_loss, task_losses, eta, paper_loss)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    loss, *used = model.average([K * loss.detach(), *[gradient for gradient in gradients if gradient is not None]])
+    norm, used = torch.nn.utils.get_total_norm(used), iter(used)
+    return loss, norm, terms, priority, [None if gradient is None else next(used) for gradient in gradients], cosines
 
 
 # Copied from pretrain_teacher.py
@@ -717,6 +772,8 @@ def check_args(args, may_be_zero=()):
         lowest = 2 if name in ("batch_size", "channels") else lowest  # for batch norm and the first convolution
         if isinstance(value, int | float) and not isinstance(value, bool) and not lowest <= value < float("inf"):
             raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {lowest} or more")
+    if args.cudagraphs and not torch.cuda.is_available():
+        raise SystemExit("error: --cudagraphs needs an NVIDIA GPU, and none was found; drop the flag")
     if args.resume and not args.run_dir:
         raise SystemExit("error: --resume needs the --run-dir that it is to continue; give both")
     if args.run_dir is None or not os.path.exists(args.run_dir):
@@ -776,7 +833,10 @@ if __name__ == "__main__":
         raise SystemExit("error: --teachers are not used with --no-cross-task; leave one of the two out")
     if (args.freeze_representation or args.transfer != "hgf") and not args.pretrained:
         raise SystemExit("error: --freeze-representation and --transfer need --pretrained; give its folder")
-    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
+        raise SystemExit(f"error: --batch-size {args.batch_size} is not a multiple of torchrun's processes")
+    device, rank, W = model.join_processes(args.cuda)
+    record = args.cudagraphs and device.type == "cuda" and W == 1  # messages between processes are not recorded
     checkpoint = model.load_checkpoint(args)
     training = args.total_timesteps > 0
     total_updates = args.total_timesteps + args.extra_updates if training else 0
@@ -798,6 +858,8 @@ if __name__ == "__main__":
     if m and args.offline_batch_size % m:
         raise SystemExit(f"error: --offline-batch-size {args.offline_batch_size} is not a multiple of the {m} games")
     share = args.offline_batch_size // m if m else 0
+    if share % W:
+        raise SystemExit(f"error: --offline-batch-size {args.offline_batch_size} / {m} is no multiple of {W} processes")
     replay_rows = args.total_timesteps * 9 // 8 + 2 * args.num_envs  # the last frame of each game has a row too
     sizes = {"rows": replay_rows + sum(targets_meta(folder)["rows"] for folder in teachers)}
     sizes |= {"samples": args.batch_size + m * share, "roots": args.batch_size * (args.unroll_steps + 1)}
@@ -805,8 +867,8 @@ if __name__ == "__main__":
     sizes["disk"] = {args.save_dataset: replay_rows * 1_200} if writes_data else {}  # bytes of a compressed frame
     run_name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = args.run_dir or f"runs/{run_name}"
-    model.check_memory(device, run_dir, net.config, num_simulations=args.num_simulations, **sizes)
-    tasks = [load_task(folder, device) for folder in teachers]
+    on_host = model.check_memory(device, run_dir, net.config, num_simulations=args.num_simulations, **sizes)
+    tasks = [load_task(folder, device, on_host) for folder in teachers]
     env_ids = [task.env_id for task in tasks]
     if args.env_id in env_ids:
         raise SystemExit(f"error: --env-id {args.env_id} is one of the offline games; choose a game that is not")
@@ -817,17 +879,25 @@ if __name__ == "__main__":
     net = net.to(memory_format=torch.channels_last).train()
     if args.freeze_representation:
         net.representation.requires_grad_(False).eval()  # its batch norm statistics stay too
+    model.share_batch_norms(net)
     parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4)
-    self_play_net, target_net, next_target_net = (model.inference_copy(net) for _ in range(3))
-    sample_names = np.repeat([args.env_id, *env_ids], [args.batch_size] + m * [share])  # [B + m * share]
+    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4, fused=True)
+    self_play_net, target_net, next_target_net = (model.inference_copy(net, record) for _ in range(3))
+    loss_function = torch.compile(unroll_loss) if args.compile and W == 1 else unroll_loss
+
+    def update(eta, *batch):
+        settings = loss_function, args.paper_loss, m, share // W, False
+        return transfer_gradients(net, parameters, Batch(*batch), eta, *settings)
+
+    update = model.Recorded(update) if record else update
+    sample_names = np.repeat([args.env_id, *env_ids], [args.batch_size] + m * [share])[rank::W]  # [(B + m * share) / W]
     log_every = max(1, min(100, args.total_timesteps // 100))  # updates
     eta = torch.ones(m, device=device)  # task weights
     similar, measured = torch.zeros(m, device=device), 0  # counters of one measurement
 
     # env setup
     envs, has_lives = make_envs(args.env_id, args.num_envs, life_loss_ends=True), atari_rom(args.env_id) is not None
-    replay = Replay(replay_rows, args.num_envs, device)
+    replay = Replay(replay_rows, args.num_envs, device, on_host)
     replays = [replay, *[task.replay for task in tasks]]
     games = start_games(envs, replay, seed=1000 * args.seed % 2_000_000_000)
     env_steps = updates = 0
@@ -835,42 +905,46 @@ if __name__ == "__main__":
     evaluations = "env_steps,updates,episode,return,length,env_id\n"
 
     # the run folder, and if the run goes on, all that it had
-    lock = model.lock_folder(run_dir, checkpoint)
+    lock = model.lock_folder(run_dir, checkpoint) if rank == 0 else None
     inputs = [model.sha256(f"{folder}/targets.json") for folder in teachers]
+    parts = {"net": net, "self_play": self_play_net, "target": target_net, "next_target": next_target_net}
+    parts |= {"optimizer": optimizer, "rng": rng, "generator": generator}
     if checkpoint:
-        parts = {"net": net, "self_play": self_play_net, "target": target_net, "next_target": next_target_net}
-        parts |= {"optimizer": optimizer, "rng": rng, "generator": generator}
         kinds = {"updates": int, "evaluated": int, "scores": dict, "evaluations": str, "measured": int}
         kinds |= {"eta": (m,), "similar": (m,)}
         env_steps = replay_games(envs, replay, games, checkpoint["values"], args.total_timesteps, has_lives)
         values = model.restore(run_dir, checkpoint, inputs, parts, replays, **kinds)
         updates, evaluated, scores, evaluations, measured, eta, similar = values
         eta, similar = eta.to(device), similar.to(device)
-        model.write_file(f"{run_dir}/evaluations.csv", evaluations.encode(), keep_going=True)  # it may be torn
-    if args.resume:
+    if args.resume and rank == 0:
         model.rewind_events(run_dir, checkpoint["events"] if checkpoint else {})
+        if checkpoint:  # the table may be torn
+            model.write_file(f"{run_dir}/evaluations.csv", evaluations.encode(), keep_going=True)
 
     # TRY NOT TO MODIFY: start the game
     start_time, start_steps = time.time(), env_steps
-    bar = tqdm(total=total_updates, initial=updates, unit="update", dynamic_ncols=True)
+    bar = tqdm(total=total_updates, initial=updates, unit="update", dynamic_ncols=True, disable=rank > 0)
     with bar, model.stop_if_not_finite(run_dir, bar):
-        writer = make_writer(args, run_name, run_dir)
+        writer = make_writer(args, run_name, run_dir) if rank == 0 else model.Log(None)
         while True:
             last = updates >= total_updates
             if (last or updates % args.eval_every == 0) and evaluated < updates:
                 movie = [] if args.capture_video else None
                 settings = args.eval_episodes, args.eval_max_frames, args.num_simulations, device, movie, interrupted
-                returns, lengths = evaluate(model.inference_copy(net), args.env_id, *settings)
-                if not interrupted:
+                if rank == 0:
+                    agent = model.inference_copy(net, record)
+                    returns, lengths = evaluate(agent, args.env_id, *settings)
+                if not model.any_interrupted(interrupted):
+                    evaluated = updates
+                if evaluated == updates and rank == 0:
                     evaluations += log_evaluation(writer, args.env_id, env_steps, updates, returns, lengths)
-                    evaluated, scores = updates, {args.env_id: float(returns.mean())}
+                    scores = {args.env_id: float(returns.mean())}
                     bar.set_postfix(eval_return=f"{returns.mean():.1f}")
                     if movie:
                         save_gif(f"{run_dir}/video-{updates}.gif", movie)
-            stop = last or bool(interrupted)  # once: a signal may come at any moment
-            if stop or evaluated == updates or updates % args.checkpoint_every == 0:
-                parts = {"net": net, "self_play": self_play_net, "target": target_net, "next_target": next_target_net}
-                parts |= {"optimizer": optimizer, "rng": rng, "generator": generator}
+            stop = last or model.any_interrupted(interrupted)  # once: a signal may come at any moment
+            saved = False
+            if rank == 0 and (stop or evaluated == updates or updates % args.checkpoint_every == 0):
                 values = {"updates": updates, "evaluated": evaluated, "scores": scores, "evaluations": evaluations}
                 values |= {"measured": measured, "eta": eta, "similar": similar}
                 actions = replay.action[: replay.size - args.num_envs].reshape(-1, args.num_envs).astype(np.uint8)
@@ -887,7 +961,7 @@ if __name__ == "__main__":
                 break
 
             wanted = min(args.total_timesteps, max(args.learning_starts, updates + 1))  # environment steps
-            while env_steps < wanted and not interrupted:
+            while env_steps < wanted and not model.any_interrupted(interrupted):
                 # ALGO LOGIC: put action logic here
                 if args.pretrained is None and env_steps < args.learning_starts:
                     action = rng.choice(np.flatnonzero(legal), args.num_envs)
@@ -897,6 +971,7 @@ if __name__ == "__main__":
                     settings = obs, legal_rows, args.num_simulations, rng
                     result, _ = run_search(self_play_net, args.env_id, *settings, noise=True)
                     action = select_actions(result.visits, temperature_at(updates, args.total_timesteps), rng)
+                    action = model.of_first(action)  # GPUs may round differently, and all play the same games
                     if env_steps % (log_every * args.num_envs) < args.num_envs:
                         log_search(writer, result, env_steps)
 
@@ -905,60 +980,62 @@ if __name__ == "__main__":
                 for env in np.flatnonzero(games.over):
                     writer.add_scalar("charts/episodic_return", games.score[env], env_steps)
                     writer.add_scalar("charts/episodic_length", games.length[env], env_steps)
-            if interrupted:
+            if env_steps < wanted:  # interrupted
                 continue
 
             # ALGO LOGIC: training.
             if updates % 100 == 0:
-                self_play_net = model.inference_copy(net)
+                model.refresh(self_play_net, net)
             if updates % 200 == 0:  # the target network is the network of 200 to 400 updates ago
-                target_net, next_target_net = next_target_net, model.inference_copy(net)
+                model.refresh(target_net, next_target_net)
+                model.refresh(next_target_net, self_play_net)
             beta = 0.4 + 0.6 * min(1.0, updates / (1.2 * args.total_timesteps))
             rows, weight = sample(replay, args.batch_size, beta, rng)
             td_steps = td_steps_by_age(env_steps - replay.stored_at[rows], args.total_timesteps, args.td_steps)
             targets = make_targets(replay, rows, td_steps, args.unroll_steps)
-            settings = args.env_id, replay, targets, legal, args.num_simulations, rng
-            reanalyze(target_net, max(1, updates // 200), *settings)
-            drawn, batches = [], [make_batch(replay, targets, weight, rng, generator)]
+            settings = args.env_id, replay, targets, legal, args.num_simulations, rng, args.reanalyze_cache, rank, W
+            policy, value, _ = reanalyze(target_net, max(1, updates // 200), *settings)
+            drawn, batches = [], [make_batch(replay, targets, policy, value, weight, rng, generator)]
             for task in tasks:
                 settings = args.unroll_steps, args.td_steps, beta, rng, generator
                 task_rows, task_batch = teacher_batch(task, share, *settings)
                 drawn.append(task_rows)
                 batches.append(task_batch)
-            batch = Batch(*[torch.cat(tensors) for tensors in zip(*batches, strict=True)])  # [B + m * share, ...]
+            batch = Batch(*[torch.cat(x)[rank::W] for x in zip(*batches, strict=True)])  # [(B + m * share) / W, ...]
 
-            # One forward over the mixed batch: batch norm sees half target game, half offline games.
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                total, terms, priority = unroll_loss(net, batch)
-            weighted = batch.weight * total / args.unroll_steps
-            target_loss = weighted[: args.batch_size].mean()
-            task_losses = weighted[args.batch_size :].view(m, share).mean(dim=1)  # [m]
-            if m and args.task_weights and updates >= args.similarity_start:
-                phase = updates % args.similarity_interval
-                if phase < args.similarity_updates:
-                    cosines = gradient_cosines(target_loss, task_losses, parameters)
-                    similar, measured = similar + (cosines > args.similarity_threshold), measured + 1
-                    for env_id, cosine in zip(env_ids, cosines.tolist(), strict=True):
-                        writer.add_scalar(f"transfer/grad_cosine/{env_id}", cosine, updates)
-                if phase == args.similarity_updates and measured:
+            phase = updates % args.similarity_interval
+            measures = m and args.task_weights and updates >= args.similarity_start
+            if (
+                measures and phase < args.similarity_updates
+            ):  # several passes back, which are neither compiled nor recorded
+                settings = unroll_loss, args.paper_loss, m, share // W, True
+                *results, cosines = transfer_gradients(net, parameters, batch, eta, *settings)
+                similar, measured = similar + (cosines > args.similarity_threshold), measured + 1
+                for env_id, cosine in zip(env_ids, cosines.tolist(), strict=True):
+                    writer.add_scalar(f"transfer/grad_cosine/{env_id}", cosine, updates)
+            else:
+                if measures and phase == args.similarity_updates and measured:
                     eta, similar, measured = similar / measured, torch.zeros(m, device=device), 0
-            loss = combine_losses(target_loss, task_losses, eta, args.paper_loss)
+                *results, _ = update(eta, *batch)
+            loss, norm, terms, priority, gradients = results
+            numbers = (
+                torch.cat([model.interleave(priority), loss.view(1), norm.view(1)]).cpu().numpy()
+            )  # waits for a GPU
+            model.check_finite(*numbers[-2:], terms, gradients, sample_names, net, batch)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            torch.nn.utils.clip_grads_with_norm_(parameters, 5.0, norm)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(updates, args.total_timesteps, args.learning_rate)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.get_total_norm([x.grad for x in parameters if x.grad is not None])
-            model.check_finite(loss, norm, terms, sample_names, net, batch)
-            torch.nn.utils.clip_grads_with_norm_(parameters, 5.0, norm)
             optimizer.step()
-            priority = priority.cpu().numpy()
-            replay.priority[rows] = priority[: args.batch_size]
-            for task, task_rows, new in zip(tasks, drawn, priority[args.batch_size :].reshape(m, share), strict=True):
+            replay.priority[rows] = numbers[: args.batch_size]
+            for task, task_rows, new in zip(tasks, drawn, numbers[args.batch_size : -2].reshape(m, share), strict=True):
                 task.replay.priority[task_rows] = new
 
             if updates % log_every == 0:
-                writer.add_scalar("losses/loss", loss.item() * args.unroll_steps, updates)
+                writer.add_scalar("losses/loss", numbers[-2], updates)
                 for name, term in terms.items():
+                    term = model.interleave(term)  # [B + m * share]
                     writer.add_scalar(f"losses/{name}_loss", term[: args.batch_size].mean().item(), updates)
                     means = term[args.batch_size :].view(m, share).mean(dim=1).tolist()
                     for env_id, mean in zip(env_ids, means, strict=True):
@@ -976,9 +1053,11 @@ if __name__ == "__main__":
             bar.update()
     envs.close()
 
-    if interrupted:
+    if model.any_interrupted(interrupted):
         print(f"{run_dir}: stopped at update {updates} by {interrupted[0]}. Next: the same command with --resume")
         sys.exit(model.INTERRUPTED)
+    if rank > 0:
+        sys.exit()
     if args.save_dataset and os.path.exists(args.save_dataset):
         print(f"{args.save_dataset}: exists, left as it is")
     elif args.save_dataset:

@@ -246,30 +246,91 @@ class SearchResult(NamedTuple):
     depth: np.ndarray  # [B] int32, of the deepest leaf
 
 
+class Nodes:
+    """The network's side of B searches: latent and LSTM state of every node, where the network is. It also asks the
+    network for the leaves' values: `evaluate` starts that, `outputs` waits for the answer.
+    record: what wraps the evaluation, which has no arguments and works on the same memory each time; None: nothing.
+    """
+
+    def __init__(self, recurrent, latent, num_actions, num_simulations, lstm_size, record=None):
+        (B, C, H, W), device, pin = latent.shape, latent.device, latent.is_cuda
+        self.recurrent, self.rows = recurrent, torch.arange(B, device=device)
+        self.latents = latent.new_empty((num_simulations + 1) * B, H, W, C)  # [N * B, H, W, C], as channels_last has it
+        self.hs, self.cs = latent.new_empty(2, (num_simulations + 1) * B, lstm_size)  # [N * B, L] each
+        self.illegal = torch.zeros(B, num_actions, dtype=torch.bool, device=device)
+        self.leaf = torch.zeros(4, B, dtype=torch.int64, device=device)  # parent, action, depth, node of each leaf
+        self.leaf_on_host = torch.zeros(4, B, dtype=torch.int64, pin_memory=pin)
+        self.on_host = torch.empty(B, 2 + num_actions, pin_memory=pin)
+        self.ready = torch.cuda.Event() if pin else None
+        self.simulate = record(self.simulate) if record else self.simulate
+
+    def start(self, latent, illegal):
+        """Puts the roots in place: latent [n, C, H, W] and illegal [n, A], n <= B; LSTM states are zeros."""
+        n = len(latent)
+        self.latents[:n], self.illegal[:n] = latent.permute(0, 2, 3, 1), illegal
+        self.hs[: len(self.rows)], self.cs[: len(self.rows)] = 0, 0
+
+    def simulate(self):
+        """Gathers the leaves' parents, applies the network, scatters the new states -> `pack_outputs` [B, 2 + A]."""
+        parent, action, depth, node = self.leaf  # [B] each
+        B = len(parent)
+        index, new_index = parent * B + self.rows, node * B + self.rows  # [B], into [N * B, ...]
+        latent = self.latents.index_select(0, index).permute(0, 3, 1, 2)  # [B, C, H, W]
+        lstm_state = self.hs.index_select(0, index), self.cs.index_select(0, index)
+        latent, (h, c), value_prefix, value, policy_logits = self.recurrent(latent, action, lstm_state)
+        reset = (depth % VALUE_PREFIX_HORIZON == 0)[:, None]  # this node's children start a new value prefix
+        self.latents.index_copy_(0, new_index, latent.permute(0, 2, 3, 1))
+        self.hs.index_copy_(0, new_index, h.masked_fill(reset, 0))
+        self.cs.index_copy_(0, new_index, c.masked_fill(reset, 0))
+        return pack_outputs(value_prefix, value, policy_logits, self.illegal, "leaves")
+
+    def evaluate(self, leaf, s):
+        """Starts the evaluation of the leaves of simulation s; leaf [3, n] as in `Tree`. Does not wait for a GPU."""
+        self.leaf_on_host[:3, : leaf.shape[1]] = torch.from_numpy(leaf)
+        self.leaf_on_host[3] = s + 1
+        self.leaf.copy_(self.leaf_on_host, non_blocking=True)
+        self.on_host.copy_(self.simulate(), non_blocking=True)
+        if self.ready:
+            self.ready.record()
+
+    def outputs(self, n, s):
+        """What `evaluate` asked for, as soon as it is there: [n, 2 + A] float32, valid until the next `evaluate`."""
+        if self.ready:
+            self.ready.synchronize()
+        outputs = self.on_host[:n].numpy()
+        if not np.isfinite(outputs).all():
+            raise FloatingPointError(f"simulation {s}: the network's outputs are not finite")
+        return outputs
+
+
 def pack_outputs(value_prefix, value, policy_logits, illegal, where):
-    """Value prefix, value and prior over the legal actions, in one transfer to the host: [B, 2 + A] float32."""
+    """Value prefix, value and prior over the legal actions, for one transfer to the host: [B, 2 + A] float32."""
     B, A = illegal.shape
     shapes = [tuple(x.shape) for x in (value_prefix, value, policy_logits)]
     if shapes != [(B,), (B,), (B, A)]:
         raise ValueError(f"{where}: value_prefix, value, policy_logits are {shapes}, expected {[(B,), (B,), (B, A)]}")
     prior = torch.softmax(policy_logits.float().masked_fill(illegal, -torch.inf), dim=1)
-    outputs = torch.cat([value_prefix.float()[:, None], value.float()[:, None], prior], dim=1).cpu().numpy()
-    if not np.isfinite(outputs).all():
-        raise FloatingPointError(f"{where}: the network's outputs are not finite")
-    return outputs
+    return torch.cat([value_prefix.float()[:, None], value.float()[:, None], prior], dim=1)
+
+
+def bucket(n):
+    """Rows for n roots: a power of two up to 128, then a multiple of 128. Recorded kernels need fixed sizes."""
+    return 1 << max(3, (n - 1).bit_length()) if n <= 128 else -(-n // 128) * 128
 
 
 @torch.no_grad()
 def search(recurrent, latent, policy_logits, legal, num_simulations, *, lstm_size, discount=0.997**4, noise=None,
-           noise_fraction=0.25, seeds=None, threads=1):  # fmt: skip
+           noise_fraction=0.25, seeds=None, threads=1, parts=1, memory=None, record=None):  # fmt: skip
     """Searches from B roots. The root network returns a latent and policy logits; its value, if any, is not used.
     recurrent: `(latent [B, C, H, W], action [B] int64, (h, c) [B, L] each) -> latent, (h, c), value_prefix [B],
       value [B], policy_logits [B, A]`, tensors on the device of `latent`, the two scalars already transformed back.
     latent, policy_logits: of the roots, [B, C, H, W] and [B, A]; their LSTM states are zeros, their prefixes 0.
     legal, noise, seeds: numpy, [B, A] bool, [B, A] or None (see `dirichlet_noise`), [B] or None (see `make_tree`).
     num_simulations, lstm_size: S and L. threads: of the tree, used from PARALLEL_MIN_ROOTS roots.
+    parts: searched in turn, so that a GPU evaluates one while the CPU walks the tree of another.
+    memory, record: a dict that keeps the `Nodes` for the next search with this same network, and what records them.
     """
-    B, A, S, device = len(latent), policy_logits.shape[-1], num_simulations, latent.device
+    B, A, S = len(latent), policy_logits.shape[-1], num_simulations
     for name, array, shape in (("legal", legal, (B, A)), ("noise", noise, (B, A)), ("seeds", seeds, (B,))):
         if array is not None and array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
@@ -277,24 +338,35 @@ def search(recurrent, latent, policy_logits, legal, num_simulations, *, lstm_siz
         raise ValueError(f"num_simulations is {S}, expected at least 1")
     if legal.dtype != bool or not legal.any(1).all():
         raise ValueError(f"legal: {legal.dtype}, expected bool; roots without one: {np.flatnonzero(legal.sum(1) == 0)}")
-    illegal, zeros = torch.from_numpy(~legal).to(device), latent.new_zeros(B)
-    prior = pack_outputs(zeros, zeros, policy_logits, illegal, "root")[:, 2:]
+    illegal = torch.from_numpy(~legal).to(latent.device)
+    zeros = latent.new_zeros(B)
+    prior = pack_outputs(zeros, zeros, policy_logits, illegal, "root").cpu().numpy()[:, 2:]
+    if not np.isfinite(prior).all():
+        raise FloatingPointError("root: the network's outputs are not finite")
     prior = prior if noise is None else prior * (1 - noise_fraction) + noise * noise_fraction
-    tree = make_tree(prior, legal, S, discount=discount, seeds=seeds)
-    latents = latent.new_empty((S, *latent.shape))  # of all nodes but the last, which is nobody's parent
-    hs, cs = latent.new_empty((2, S, B, lstm_size))
-    latents[ROOT], hs[ROOT], cs[ROOT] = latent, 0, 0
-    traverse(tree, 0)
-    for s in range(S):
-        parent, action, depth = torch.tensor(tree.leaf, device=device)  # [B] each; copied: the tree overwrites its own
-        index = parent * B + torch.arange(B, device=device)  # [B], into [S * B, ...]
-        parent_latent, h, c = (pool.flatten(0, 1).index_select(0, index) for pool in (latents, hs, cs))
-        new_latent, (h, c), value_prefix, value, policy_logits = recurrent(parent_latent, action, (h, c))
-        if s + 1 < S:
-            reset = (depth % VALUE_PREFIX_HORIZON == 0)[:, None]  # this node's children start a new value prefix
-            latents[s + 1], hs[s + 1], cs[s + 1] = new_latent, h.masked_fill(reset, 0), c.masked_fill(reset, 0)
-        outputs = pack_outputs(value_prefix, value, policy_logits, illegal, f"simulation {s}")
-        run_step(tree, s, outputs, True, s + 1 < S, threads if B >= PARALLEL_MIN_ROOTS else 1)
-    visits = np.zeros((B, A), np.int32)
-    np.put_along_axis(visits, tree.actions, tree.edges[ROOT, :, VISITS].astype(np.int32), axis=1)
-    return SearchResult(visits, tree.nodes.value_sum[ROOT] / np.float32(S), tree.nodes.depth.max(0))
+    searches = []
+    for i, rows in enumerate(np.array_split(np.arange(B), parts)):
+        part = slice(rows[0], rows[-1] + 1)
+        key = None if memory is None else (i, bucket(len(rows)), S)
+        nodes = memory.get(key) if memory else None
+        if nodes is None:
+            like = latent.new_empty(bucket(len(rows)) if key else len(rows), *latent.shape[1:])
+            nodes = Nodes(recurrent, like, A, S, lstm_size, record if key else None)
+            if key:
+                memory[key] = nodes
+        nodes.start(latent[part], illegal[part])
+        part_seeds = None if seeds is None else seeds[part]
+        searches.append((make_tree(prior[part], legal[part], S, discount=discount, seeds=part_seeds), nodes))
+    for s in range(S + 1):
+        for tree, nodes in searches:
+            n = len(tree.roots)
+            outputs = nodes.outputs(n, s - 1) if s > 0 else np.empty((0, 2), np.float32)
+            run_step(tree, s - 1, outputs, s > 0, s < S, threads if n >= PARALLEL_MIN_ROOTS else 1)
+            if s < S:
+                nodes.evaluate(tree.leaf, s)
+    results = []
+    for tree, _ in searches:
+        visits = np.zeros((len(tree.roots), A), np.int32)
+        np.put_along_axis(visits, tree.actions, tree.edges[ROOT, :, VISITS].astype(np.int32), axis=1)
+        results.append((visits, tree.nodes.value_sum[ROOT] / np.float32(S), tree.nodes.depth.max(0)))
+    return SearchResult(*map(np.concatenate, zip(*results, strict=True)))

@@ -30,16 +30,18 @@ import threading
 import time
 import zipfile
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils.tensorboard import SummaryWriter
 
-MODEL_FORMAT, CHECKPOINT_FORMAT = "xtra-model-2", "xtra-checkpoint-2"
+MODEL_FORMAT, CHECKPOINT_FORMAT = "xtra-model-2", "xtra-checkpoint-3"
 PLAIN_TYPES = r"torch \w+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict"  # what our files may hold
 
 
@@ -257,44 +259,204 @@ def scale_gradient(x, factor):
     return x.detach() + factor * (x - x.detach()) if x.requires_grad else x
 
 
-def inference_copy(net):
+def inference_copy(net, keep_memory=False):
     """A frozen copy in eval mode with each batch norm folded into the convolution or linear layer before it.
 
-    Same outputs to float rounding, half the kernels; the search calls this one. The copy does not follow `net`, and has
-    no projector and predictor.
+    Same outputs to float rounding, half the kernels; the search calls this one. On a GPU its weights are cast to bf16
+    here, once, and not by autocast in each call. The copy does not follow `net` (`refresh` makes it), and has no
+    projector and predictor. keep_memory: whether `mcts.search` keeps its memory, and what it records, in `net.memory`.
     """
     net = copy.deepcopy(net).eval().requires_grad_(False)
     net.projector = net.predictor = None
     for layers in [module for module in net.modules() if isinstance(module, nn.Sequential)]:
         for i in range(len(layers) - 1):
-            if isinstance(layers[i], nn.Conv2d) and isinstance(layers[i + 1], nn.BatchNorm2d):
+            if isinstance(layers[i], nn.Conv2d) and isinstance(layers[i + 1], _BatchNorm):
                 layers[i], layers[i + 1] = fuse_conv_bn_eval(layers[i], layers[i + 1]), nn.Identity()
-            elif isinstance(layers[i], nn.Linear) and isinstance(layers[i + 1], nn.BatchNorm1d):
+            elif isinstance(layers[i], nn.Linear) and isinstance(layers[i + 1], _BatchNorm):
                 layers[i], layers[i + 1] = fuse_linear_bn_eval(layers[i], layers[i + 1]), nn.Identity()
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear | nn.LSTMCell) and next(layer.parameters()).is_cuda:
+            layer.to(torch.bfloat16)
+    net.memory = {} if keep_memory else None
     return net.requires_grad_(False)
+
+
+def refresh(frozen, net):
+    """Gives an `inference_copy` the weights of `net` or of another copy, in place: recorded kernels read them there."""
+    frozen.load_state_dict((inference_copy(net) if net.training else net).state_dict())
+
+
+# --- speed ---
+class Recorded:
+    """`function(*tensors)` on a GPU; its kernels are recorded at the third call, then launched as one CUDA graph.
+
+    The tensors keep their shapes, and what else the function reads keeps its place in memory. The next call overwrites
+    the results. The first two calls are ordinary ones, so that the function has allocated and compiled what it needs.
+    """
+
+    def __init__(self, function):
+        self.function, self.calls, self.graph = function, 0, None
+
+    def __call__(self, *tensors):
+        if self.calls < 2:
+            self.calls += 1
+            stream = torch.cuda.Stream()  # recording must not happen where anything else has run
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                results = self.function(*tensors)
+            torch.cuda.current_stream().wait_stream(stream)
+            return results
+        if self.graph is None:
+            self.tensors, self.graph = [x.clone() for x in tensors], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.results = self.function(*self.tensors)
+        for place, x in zip(self.tensors, tensors, strict=True):
+            place.copy_(x)
+        self.graph.replay()
+        return self.results
+
+
+def upload(array, device):
+    """A numpy array as a tensor on `device`; the host does not wait for a GPU."""
+    tensor = torch.as_tensor(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+# --- several processes ---
+# `torchrun --nproc-per-node N` starts W = N processes that play the same games, draw the same batches and hold the same
+# replay. Each searches every W-th state and learns from every W-th sample, rank first: rows[rank::W]. Process 0 alone
+# writes. All functions here do nothing where there is one process.
+def join_processes(cuda):
+    """Meets the other processes of torchrun, if any -> (device, rank, W). cuda: whether to use a GPU if there is one.
+
+    All processes but the first print nothing from now on.
+    """
+    use_cuda, rank, W = cuda and torch.cuda.is_available(), 0, int(os.environ.get("WORLD_SIZE", 1))
+    if W > 1:
+        if use_cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(days=1))  # an evaluation may take that long
+        rank = distributed.get_rank()
+        if rank:
+            sys.stdout = open(os.devnull, "w")
+    return torch.device("cuda" if use_cuda else "cpu"), rank, W
+
+
+def average(tensors):
+    """The mean over the processes of each tensor of a list -> list of the same shapes. One message for all."""
+    if not distributed.is_initialized():
+        return tensors
+    flat = torch.cat([x.flatten() for x in tensors])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors, strict=True)]
+
+
+def interleave(x):
+    """x [n / W, ...] of each process, which belongs to rows[rank::W] -> [n, ...] in all of them."""
+    if not distributed.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, x.contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+def add_up(array):
+    """The sum of a numpy array over the processes."""
+    if not distributed.is_initialized():
+        return array
+    tensor = torch.from_numpy(array.copy())
+    distributed.all_reduce(tensor)
+    return tensor.numpy()
+
+
+def of_first(array):
+    """What process 0 has."""
+    if not distributed.is_initialized():
+        return array
+    tensor = torch.from_numpy(array.copy())
+    distributed.broadcast(tensor, 0)
+    return tensor.numpy()
+
+
+def any_interrupted(interrupted):
+    """Whether a process was asked to stop, the same answer in all of them. interrupted: of `catch_signals`."""
+    if add_up(np.array(len(interrupted))) and not interrupted:
+        interrupted.append("another process")
+    return bool(interrupted)
+
+
+class Sum(torch.autograd.Function):
+    """The sum over the processes, through which gradients are summed over the processes too."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        distributed.all_reduce(gradient)
+        return gradient
+
+
+class SharedBatchNorm(_BatchNorm):
+    """Batch norm whose statistics are over the samples of all processes. (nn.SyncBatchNorm needs a GPU.)"""
+
+    def _check_input_dim(self, x):
+        pass
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        dims, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
+        W, n = distributed.get_world_size(), x.numel() // x.shape[1]  # each process has n numbers per channel
+        mean = Sum.apply(x.float().mean(dims)) / W
+        centred = x.float() - mean.view(shape)
+        var = Sum.apply(centred.square().mean(dims)) / W
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (W * n / (W * n - 1)), self.momentum)
+        scale = torch.rsqrt(var + self.eps) * self.weight
+        return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+
+
+def share_batch_norms(net):
+    """Makes each batch norm of the network a `SharedBatchNorm`, in place."""
+    if distributed.is_initialized():
+        for layer in net.modules():
+            if isinstance(layer, _BatchNorm):
+                layer.__class__ = SharedBatchNorm
 
 
 # --- augmentation ---
 def random_shift(obs, generator, pad=4):
-    """Replicate-pads by `pad` pixels and crops back at a random place, one offset per sample: [B, C, H, W] -> same."""
+    """Replicate-pads by `pad` pixels and crops back at a random place, one offset per sample: [B, C, H, W] -> same, in
+    channels_last order, where a pixel is one short copy and the network's first convolution reads it as it is."""
     B, C, H, W = obs.shape
     offset = torch.randint(0, 2 * pad + 1, (2, B, 1), generator=generator, device=obs.device) - pad  # [2, B, 1]
     # Reading a clamped index is the same as padding by replication, without the padded copy.
     rows = (torch.arange(H, device=obs.device) + offset[0]).clamp(0, H - 1)  # [B, H]
     columns = (torch.arange(W, device=obs.device) + offset[1]).clamp(0, W - 1)  # [B, W]
-    pixels = (rows[:, :, None] * W + columns[:, None, :]).view(B, 1, H * W)
-    return obs.reshape(B, C, H * W).gather(2, pixels.expand(B, C, H * W)).view(B, C, H, W)
+    rows += torch.arange(B, device=obs.device)[:, None] * H
+    pixels = rows[:, :, None] * W + columns[:, None, :]  # [B, H, W], into [B * H * W, C]
+    shifted = obs.permute(0, 2, 3, 1).reshape(B * H * W, C).index_select(0, pixels.flatten())
+    return shifted.view(B, H, W, C).permute(0, 3, 1, 2)
 
 
 def random_intensity(obs, generator, scale=0.05):
-    """Multiplies each sample by `1 + scale * clip(n, -2, 2)`, n ~ N(0, 1): [B, C, H, W] float -> same, not clamped."""
+    """Multiplies each sample of a float [B, C, H, W], in place, by `1 + scale * clip(n, -2, 2)`, n ~ N(0, 1)."""
     noise = torch.randn(obs.shape[0], 1, 1, 1, generator=generator, device=obs.device).clamp(-2, 2)
-    return obs * (1 + scale * noise)
+    return obs.mul_(1 + scale * noise)
 
 
 def augment(obs, generator):
     """Shift, then intensity (algorithm of EfficientZero's released code): uint8 [B, C, H, W] -> float, about [0, 1]."""
-    return random_intensity(random_shift(obs, generator).float() / 255, generator)
+    return random_intensity(random_shift(obs, generator).float().div_(255), generator)
 
 
 # --- files ---
@@ -575,11 +737,13 @@ def rewind_events(folder, sizes):
 
 
 class Log:
-    """TensorBoard's writer, which keeps what a full disk does not take until there is space again."""
+    """TensorBoard's writer, which keeps what a full disk does not take until there is space again. Without a folder it
+    writes nothing."""
 
     def __init__(self, folder):
         threading.excepthook = lambda _: None  # of the writer's thread: `flush` gets its error
-        self.folder, self.sizes, self.pending, self.writer = folder, event_sizes(folder), [], None
+        self.folder, self.pending, self.writer = folder, [], None
+        self.sizes = event_sizes(folder) if folder else {}
 
     def add_scalar(self, key, value, step):
         self.pending.append(("add_scalar", key, value, step, time.time()))
@@ -589,6 +753,9 @@ class Log:
 
     def flush(self, keep_going=True):
         """Writes what is pending -> whether it is on disk. Without keep_going a failure exits with one line."""
+        if not self.folder:
+            self.pending = []
+            return True
         try:
             self.writer = self.writer or SummaryWriter(self.folder)
             for method, *event in self.pending:
@@ -669,7 +836,7 @@ def load_checkpoint(args):
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise SystemExit(f"error: {path} lacks {error}: expected a run of this script; choose another folder") from None
     may_change = ["run_dir", "resume", "checkpoint_every", "cuda", "track", "wandb_project_name", "wandb_entity"]
-    may_change += ["capture_video", "save_dataset"]
+    may_change += ["capture_video", "save_dataset", "compile", "cudagraphs"]
     may_change += ["datasets", "teachers", "pretrained"]  # `restore` compares what is in them
     for name, value in vars(args).items():
         if name not in may_change and (type(before[name]) is not type(value) or before[name] != value):
@@ -722,18 +889,20 @@ def restore(run_dir, checkpoint, inputs, parts, replays, **kinds):
     return values
 
 
-def check_finite(loss, gradient_norm, terms, sample_names, net, batch):
-    """Raises `FloatingPointError(what, tensors)` unless loss and gradient norm are finite.
+def check_finite(loss, gradient_norm, terms, gradients, sample_names, net, batch):
+    """Raises `FloatingPointError(what, tensors)` unless loss and gradient norm, plain numbers, are finite.
 
-    what: the first loss term and game, or the first parameter, that is not. terms: {name: [B]}; sample_names [B]: the
-    game of each sample; tensors: the batch (a NamedTuple) and the weights, for a post-mortem.
+    what: the first loss term and game, or the first parameter, that is not. terms: {name: [B]}; gradients: of all that
+    require one, or None; sample_names [B]: the game of each sample; tensors: the batch (a NamedTuple) and the weights,
+    for a post-mortem.
     """
-    if torch.isfinite(loss + gradient_norm):
+    if math.isfinite(loss + gradient_norm):
         return
     bad = [(name, ~term.isfinite()) for name, term in terms.items() if not term.isfinite().all()]
     found = [f"the {name} loss of {sample_names[int(where.nonzero()[0])]}" for name, where in bad]
-    gradients = [(name, x.grad) for name, x in net.named_parameters() if x.grad is not None]
-    found += [f"the gradient of {name}" for name, gradient in gradients if not gradient.isfinite().all()]
+    names = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
+    bad = [x is not None and not x.isfinite().all() for x in gradients]
+    found += [f"the gradient of {name}" for name, is_bad in zip(names, bad, strict=True) if is_bad]
     raise FloatingPointError([*found, "the loss"][0], {"batch": batch._asdict(), "weights": net.state_dict()})
 
 
@@ -777,7 +946,8 @@ def free_memory():
 
 
 def check_memory(device, run_dir, config, rows, samples, roots, num_simulations, disk=None):
-    """Prints what a run needs at its full length and exits with one line if it is not there.
+    """Prints what a run needs at its full length and exits with one line if it is not there -> whether the frames must
+    stay in RAM, because a GPU has room for everything else only.
 
     rows: of all replays together; samples: of an update; roots: of its largest search; disk: {path: bytes} of what it
     writes besides its networks.
@@ -791,18 +961,23 @@ def check_memory(device, run_dir, config, rows, samples, roots, num_simulations,
     work = 5 * weights + max(training, search) * (0.5 if device.type == "cuda" else 1)  # bf16
     data, rest = rows * 3 * 96 * 96, rows * 130 + (3e9 if device.type == "cuda" else 6e8)  # libraries
     disk = {run_dir: (4 if checkpoint_time(run_dir) else 8) * weights} | (disk or {})
-    needs = {}
+    needs, frames_on_host = {}, False
     for path, size in disk.items():
         folders = [pathlib.Path(path).absolute(), *pathlib.Path(path).absolute().parents]
         needs[f"disk for {path}"] = size, shutil.disk_usage(next(x for x in folders if x.is_dir())).free
     if device.type == "cuda":
-        needs |= {"GPU memory": (data + work, torch.cuda.mem_get_info(device)[0]), "RAM": (rest, free_memory())}
+        free = torch.cuda.mem_get_info(device)[0]
+        needs |= {"GPU memory": (work + data, free), "RAM": (rest, free_memory())}
+        if frames_on_host := work + data > free:
+            needs |= {"GPU memory": (work, free), "RAM": (rest + data, free_memory())}
     else:
         needs |= {"RAM": (data + work + rest, free_memory())}
     texts = [f"{needed / 1e6:,.0f} MB of {name} ({free / 1e6:,.0f} free)" for name, (needed, free) in needs.items()]
-    print("this run needs about " + ", ".join(texts))
+    where = "; its frames stay in RAM, the GPU has no room for them" if frames_on_host else ""
+    print("this run needs about " + ", ".join(texts) + where)
     for text, (name, (needed, free)) in zip(texts, needs.items(), strict=True):
         if needed > free:
             flags = "lower --batch-size, --channels, --num-simulations or the steps stored"
             hint = "free some or choose another folder" if name.startswith("disk") else flags
             raise SystemExit(f"error: this run needs about {text}; {hint}")
+    return frames_on_host

@@ -13,7 +13,10 @@ The x-axis is updates; there are no environment steps outside evaluation.
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall a busy CPU; read as torch loads
+if os.path.exists(
+    "/proc/driver/nvidia"
+):  # the tree's threads sleep while the GPU works; on a CPU that costs torch 2.5x
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read as torch loads
 
 import re
 import sys
@@ -47,6 +50,8 @@ class Args:
     run_dir: str | None = None  # the folder to write; default runs/{env_id}__{exp_name}__{seed}__{time}
     resume: bool = False  # whether to go on from the checkpoint in --run-dir; where there is none, the run starts
     checkpoint_every: int = 1_000  # updates between checkpoints; each evaluation and each interruption writes one too
+    compile: bool = torch.cuda.is_available()  # whether torch.compile fuses the loss; by default on a GPU only
+    cudagraphs: bool = torch.cuda.is_available()  # whether a GPU records its kernels and launches them as one graph
 
     # Algorithm specific arguments
     datasets: tuple[str, ...] = ()  # dataset folders: one for a teacher, several for the baseline of Appendix C
@@ -61,6 +66,7 @@ class Args:
     eval_every: int = 10_000  # updates between evaluations
     eval_episodes: int = 32  # games of an evaluation, played side by side
     eval_max_frames: int = 108_000  # length at which an evaluation game is cut, in frames (1 step = 4 frames)
+    reanalyze_cache: bool = True  # whether a state is searched once per target network, else each time it is drawn
 
 
 def make_writer(args, run_name, run_dir):
@@ -141,9 +147,10 @@ class Replay:
     i + E holds o_t+1. A row that was not acted on holds the last frame of a game, or the newest frame of its stream.
     """
 
-    def __init__(self, rows, num_envs, device):
-        self.num_envs, self.size = num_envs, 0
-        self.frames = torch.zeros(rows, 3, 96, 96, dtype=torch.uint8, device=device)  # [R, 3, 96, 96] taken at once
+    def __init__(self, rows, num_envs, device, frames_on_host=False):
+        self.num_envs, self.size, self.device = num_envs, 0, torch.device(device)
+        place = "cpu" if frames_on_host else device  # what is gathered goes to `device` in any case
+        self.frames = torch.zeros(rows, 3, 96, 96, dtype=torch.uint8, device=place)  # [R, 3, 96, 96] taken at once
         self.action = np.zeros(rows, np.int64)  # [R] ALE ids
         self.reward = np.zeros(rows, np.float32)  # [R] raw: clipped where targets are made
         self.acted = np.zeros(rows, bool)  # [R]
@@ -168,7 +175,7 @@ def dataset_meta(folder):
     return meta
 
 
-def load_dataset(folder, device):
+def load_dataset(folder, device, frames_on_host=False):
     """Reads a dataset folder (docs/finetune.md, "Datasets") -> (Replay with E = 1 and priorities 1, its meta.json).
 
     Exits with one line if the folder is missing, damaged, of another format version or of other environment settings.
@@ -184,7 +191,7 @@ def load_dataset(folder, device):
         raise SystemExit(
             f"error: {folder}/steps.npz has offsets, actions or rewards out of range; make the folder again"
         )
-    replay = Replay(R, 1, device)
+    replay = Replay(R, 1, device, frames_on_host)
     replay.size = R
     decompressor = zstandard.ZstdDecompressor()
     with open(path, "rb") as file:
@@ -198,7 +205,7 @@ def load_dataset(folder, device):
                 chunk = np.frombuffer(decompressor.decompress(data), np.uint8).reshape(n, 96, 96, 3)
             except (zstandard.ZstdError, ValueError) as error:
                 raise SystemExit(f"error: {path} cannot be unpacked ({error}); make the folder again") from None
-            replay.frames[start : start + n] = torch.tensor(chunk).permute(0, 3, 1, 2).to(device)
+            replay.frames[start : start + n] = torch.tensor(chunk).permute(0, 3, 1, 2)
     replay.action[:], replay.reward[:], replay.acted[:] = steps["action"], steps["reward"], steps["acted"]
     replay.end[:] = LIFE_LOST * steps["life_lost"] + GAME_OVER * steps["terminated"] + TIME_LIMIT * steps["truncated"]
     starts = np.ones(R, bool)  # an episode starts after an end or after a row that was not acted on
@@ -209,21 +216,36 @@ def load_dataset(folder, device):
     return replay, meta
 
 
+def gather_frames(replay, rows):
+    """The frames of `rows`, numpy [n, J] -> uint8 [n, J, 3, 96, 96] on the replay's device. Waits for no GPU."""
+    index = model.upload(rows.ravel(), replay.frames.device)
+    if replay.frames.is_cuda or replay.device.type == "cpu":
+        frames = replay.frames.index_select(0, index)  # [n * J, 3, 96, 96]
+    else:
+        pinned = torch.empty(len(index), 3, 96, 96, dtype=torch.uint8, pin_memory=True)
+        frames = torch.index_select(replay.frames, 0, index, out=pinned).to(replay.device, non_blocking=True)
+    return frames.view(*rows.shape, 3, 96, 96)
+
+
 def stack_frames(replay, rows):
     """The network's input at the states `rows` [n]: uint8 [n, 12, 96, 96], oldest frame first.
 
     Near an episode's start its first frame is repeated, also after a life loss.
     """
     back = np.minimum(np.arange(3, -1, -1), replay.age[rows, None])  # [n, 4]
-    return replay.frames[rows[:, None] - back * replay.num_envs].flatten(1, 2)
+    return gather_frames(replay, rows[:, None] - back * replay.num_envs).flatten(1, 2)
 
 
 def sample(replay, batch_size, beta, rng):
     """Draws rows without replacement with `P(i) ~ priority_i^0.6` -> rows [B], weights `(N * P(i))^-beta / max` [B]."""
-    probs = replay.priority[: replay.size] ** 0.6  # [R]
-    probs /= probs.sum()
-    rows = rng.choice(replay.size, batch_size, replace=False, p=probs)
-    weight = (np.count_nonzero(probs) * probs[rows]) ** -beta
+    mass = replay.priority[: replay.size] ** 0.6  # [R]
+    left, rows = mass.copy(), np.empty(0, np.int64)
+    while len(rows) < batch_size:  # those drawn twice are drawn again, from what is left
+        cumulative = np.cumsum(left)
+        drawn = np.searchsorted(cumulative / cumulative[-1], rng.random(batch_size - len(rows)), side="right")
+        rows = np.unique(np.concatenate([rows, drawn]))
+        left[rows] = 0
+    weight = (np.count_nonzero(mass) * mass[rows] / mass.sum()) ** -beta
     return rows, weight / weight.max()
 
 
@@ -279,60 +301,70 @@ def make_targets(replay, roots, td_steps, unroll_steps, gamma=0.997**4):
     return Targets(rows[:, : K + 1], exists[:, : K + 1], alive[:, : K + 1], prefix, reward_sum, bootstrap, discount)
 
 
-def run_search(net, env_id, obs, legal, num_simulations, rng, noise):
-    """Searches from obs uint8 [n, 12, 96, 96] with legal [n, A] -> SearchResult, value head at the roots [n].
+def run_search(net, env_id, obs, legal, num_simulations, rng, noise, rank=0, W=1):
+    """Searches the first n of obs uint8 [N, 12, 96, 96], legal [n, A] -> SearchResult of n, value head of all N.
 
     net: an `inference_copy`. num_simulations 0: the policy head stands for the visits. noise: whether to mix Dirichlet
-    noise into the root priors (self-play and reanalyze). Raises `FloatingPointError(what, tensors)`, with env_id
-    in `what`, if the network says something that is not finite.
+    noise into the root priors (self-play and reanalyze). With W processes each does every W-th, and all get the result.
+    Raises `FloatingPointError(what, tensors)`, with env_id in `what`, if the network says something that is not finite.
     """
-    autocast = torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.device.type == "cuda")
-    with torch.no_grad(), autocast:
-        latent, policy_logits, value_logits = net.initial_inference(obs)
-        value = model.finite_values(value_logits, env_id, obs)
-        if num_simulations == 0:
-            logits = policy_logits.float().cpu().masked_fill(~torch.as_tensor(legal), -torch.inf)
-            policy = logits.softmax(-1).numpy()
-            return mcts.SearchResult(policy, value, np.zeros(len(legal))), value
+    n, N, A = len(legal), len(obs), legal.shape[1]
+    noise = mcts.dirichlet_noise(rng, legal)[rank::W] if noise and n else None
+    seeds = rng.integers(1, 2**63, n, dtype=np.uint64)[rank::W] if num_simulations and n else None
+    mine = legal[rank::W]
+    value, visits, rest = np.zeros(N, np.float32), np.zeros((n, A), np.int32), np.zeros((2, n), np.float32)
+    with torch.no_grad(), torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.is_cuda):
+        latent, policy_logits, value_logits = net.initial_inference(obs[rank::W])
+        value[rank::W] = model.finite_values(value_logits, env_id, obs)
+        latent, policy_logits = latent[: len(mine)], policy_logits[: len(mine)]
 
         def recurrent(latent, action, lstm_state):
             latent, lstm_state, prefix, policy, value = net.recurrent_inference(latent, action, lstm_state)
             return latent, lstm_state, model.support_to_scalar(prefix), model.support_to_scalar(value), policy
 
-        options = {"lstm_size": net.config.lstm_size, "threads": min(8, os.cpu_count()) if obs.is_cuda else 1}
-        options["noise"] = mcts.dirichlet_noise(rng, legal) if noise else None
-        options["seeds"] = rng.integers(1, 2**63, len(legal), dtype=np.uint64)
+        options = {"lstm_size": net.config.lstm_size, "noise": noise, "seeds": seeds}
+        if obs.is_cuda:  # the CPU walks the trees of one half while the GPU evaluates the other
+            parts = 2 if len(mine) >= 2 * mcts.PARALLEL_MIN_ROOTS else 1
+            options |= {"threads": min(8, os.cpu_count()), "parts": parts, "memory": net.memory}
+            options["record"] = model.Recorded
         try:
-            result = mcts.search(recurrent, latent, policy_logits, legal, num_simulations, **options)
+            if len(mine) and num_simulations:
+                result = mcts.search(recurrent, latent, policy_logits, mine, num_simulations, **options)
+                visits[rank::W], rest[:, rank::W] = result.visits, (result.root_value, result.depth)
+            elif len(mine):
+                logits = policy_logits.float().cpu().masked_fill(~torch.as_tensor(mine), -torch.inf)
+                visits = logits.softmax(-1).numpy()  # only in evaluations, where there is one process
         except FloatingPointError as error:
             raise FloatingPointError(f"the search of {env_id} ({error})", {"obs": obs}) from None
-    return result, value
+    if W > 1:
+        visits, rest, value = model.add_up(visits), model.add_up(rest), model.add_up(value)
+    return mcts.SearchResult(visits, rest[0], rest[1]), value
 
 
-def reanalyze(net, version, env_id, replay, targets, legal, num_simulations, rng):
-    """Brings the stored policies and values that a batch needs up to `net`, the `version`-th target network.
+def reanalyze(net, version, env_id, replay, targets, legal, num_simulations, rng, cache, rank=0, W=1):
+    """Targets of a batch by `net`, the `version`-th target network -> policy [B, K+1, A], bootstrap value [B, K+1], and
+    the SearchResult, or None if nothing was stale.
 
     Policies are searched with noise, values are the value head (a search's root value is an option of the released
     code, off by default). The target network changes every 200 updates only: a state that comes again before that
-    keeps its target, noise included. Returns the SearchResult, or None if nothing was stale.
+    keeps its target, noise included. Without `cache` each sample has a search and a noise of its own, as in the
+    released code. Terminal states get nothing.
     """
-    states = targets.rows[targets.alive]
-    states = np.unique(states[replay.policy_version[states] != version])  # [n]
-    result = None
+    alive, bootstrap = targets.alive, targets.bootstrap_discount > 0  # [B, K+1] bool each
+    searched, valued = targets.rows[alive], targets.bootstrap_rows[bootstrap]
+    if cache:
+        searched = np.unique(searched[replay.policy_version[searched] != version])  # [n]
+        valued = np.unique(valued[replay.value_version[valued] != version])
+        valued = valued[~np.isin(valued, searched, assume_unique=True)]  # the root's encoding has its value too
+    n, states, result = len(searched), np.concatenate([searched, valued]), None
+    policy = np.zeros((*alive.shape, len(legal)), np.float32)
     if len(states):
-        legal = np.repeat(legal[None], len(states), 0)
-        obs = stack_frames(replay, states)
-        result, replay.value[states] = run_search(net, env_id, obs, legal, num_simulations, rng, noise=True)
-        replay.policy[states] = result.visits / num_simulations
-        replay.policy_version[states] = replay.value_version[states] = version
-    states = targets.bootstrap_rows[targets.bootstrap_discount > 0]
-    states = np.unique(states[replay.value_version[states] != version])  # [n]
-    if len(states):
-        obs = stack_frames(replay, states)
-        with torch.no_grad(), torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.is_cuda):
-            replay.value[states] = model.finite_values(net.initial_inference(obs)[2], env_id, obs)
-        replay.value_version[states] = version
-    return result
+        masks, obs = np.repeat(legal[None], n, 0), stack_frames(replay, states)
+        result, value = run_search(net, env_id, obs, masks, num_simulations, rng, True, rank, W)
+        replay.policy[searched], replay.policy_version[searched] = result.visits / num_simulations, version
+        replay.value[states], replay.value_version[states] = value, version
+    policy[alive] = replay.policy[targets.rows[alive]] if cache else result.visits / num_simulations
+    return policy, replay.value[targets.bootstrap_rows], result if n else None
 
 
 class Batch(NamedTuple):
@@ -346,24 +378,21 @@ class Batch(NamedTuple):
     weight: torch.Tensor  # [B] importance weights
 
 
-def make_batch(replay, targets, weight, rng, generator):
-    """Gathers frames and targets, augments the frames on their device and moves the rest there -> Batch."""
+def make_batch(replay, targets, policy, bootstrap_value, weight, rng, generator):
+    """Gathers frames, augments them on their device and moves the targets there -> Batch. policy [B, K+1, A], 0 where
+    not alive; bootstrap_value [B, K+1]."""
     K = targets.value_prefix.shape[1]
-    policy = replay.policy[targets.rows] * targets.alive[:, :, None]  # [B, K+1, A]
-    value = targets.reward_sum + targets.bootstrap_discount * replay.value[targets.bootstrap_rows]  # [B, K+1]
-    roots, device = targets.rows[:, 0], replay.frames.device
+    value = targets.reward_sum + targets.bootstrap_discount * bootstrap_value  # [B, K+1]
+    roots = targets.rows[:, 0]
     past = roots[:, None] - np.minimum([3, 2, 1], replay.age[roots, None]) * replay.num_envs  # [B, 3]
-    frames = replay.frames[np.concatenate([past, targets.rows], axis=1)]  # [B, K+4, 3, 96, 96]
+    frames = gather_frames(replay, np.concatenate([past, targets.rows], axis=1))  # [B, K+4, 3, 96, 96]
     # Past the end the action is random, as in the reference: masked in every loss, it only enters BN's statistics.
     action = np.where(targets.exists[:, 1:], replay.action[targets.rows[:, :K]], rng.integers(18, size=(len(roots), K)))
-    arrays = [
-        torch.as_tensor(x, dtype=torch.float32) for x in (targets.exists, policy, value, targets.value_prefix, weight)
-    ]
+    arrays = [np.asarray(x, np.float32) for x in (targets.exists, policy, value, targets.value_prefix, weight)]
     return Batch(
         model.augment(frames[:, :4].flatten(1, 2), generator),
         model.augment(frames[:, 1:].flatten(1, 2), generator),
-        torch.as_tensor(action).to(device),
-        *[x.to(device) for x in arrays],
+        *[model.upload(x, replay.device) for x in (action, *arrays)],
     )
 
 
@@ -402,6 +431,21 @@ def unroll_loss(net, batch):
             lstm_state = net.initial_lstm_state(B, latent)
     terms = {"value_prefix": value_prefix, "policy": policy, "value": value, "consistency": consistency}
     return value_prefix + policy + 0.25 * value + 2.0 * consistency, terms, priority
+
+
+def compute_gradients(net, parameters, batch, loss_function):
+    """One pass forward and backward -> loss, norm of its gradients, terms and priority per sample [B], gradients.
+
+    The loss that is minimised is `mean(weight * total) / K`, the one returned K times that. With several processes
+    loss and gradients are the means over all of them, terms and priority of this one's samples.
+    """
+    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=batch.obs.is_cuda):
+        total, terms, priority = loss_function(net, batch)
+    loss = (batch.weight * total).mean()
+    gradients = torch.autograd.grad(loss / batch.action.shape[1], parameters, allow_unused=True)
+    loss, *used = model.average([loss.detach(), *[gradient for gradient in gradients if gradient is not None]])
+    norm, used = torch.nn.utils.get_total_norm(used), iter(used)
+    return loss, norm, terms, priority, [None if gradient is None else next(used) for gradient in gradients]
 
 
 def learning_rate_at(update, total, base):
@@ -455,6 +499,8 @@ def check_args(args, may_be_zero=()):
         lowest = 2 if name in ("batch_size", "channels") else lowest  # for batch norm and the first convolution
         if isinstance(value, int | float) and not isinstance(value, bool) and not lowest <= value < float("inf"):
             raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {lowest} or more")
+    if args.cudagraphs and not torch.cuda.is_available():
+        raise SystemExit("error: --cudagraphs needs an NVIDIA GPU, and none was found; drop the flag")
     if args.resume and not args.run_dir:
         raise SystemExit("error: --resume needs the --run-dir that it is to continue; give both")
     if args.run_dir is None or not os.path.exists(args.run_dir):
@@ -504,7 +550,10 @@ if __name__ == "__main__":
     m = len(args.datasets)
     if args.batch_size % m:
         raise SystemExit(f"error: --batch-size {args.batch_size} is not a multiple of the {m} --datasets; make it one")
-    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    if args.batch_size // m % int(os.environ.get("WORLD_SIZE", 1)):
+        raise SystemExit(f"error: --batch-size {args.batch_size} / {m} is not a multiple of torchrun's processes")
+    device, rank, W = model.join_processes(args.cuda)
+    record = args.cudagraphs and device.type == "cuda" and W == 1  # messages between processes are not recorded
     checkpoint = model.load_checkpoint(args)
 
     # data setup
@@ -519,8 +568,8 @@ if __name__ == "__main__":
         "roots": share * (args.unroll_steps + 1),
         "rows": sum(n["rows"] for n in metas),
     }
-    model.check_memory(device, run_dir, config, num_simulations=args.num_simulations, **sizes)
-    replays = [load_dataset(folder, device)[0] for folder in args.datasets]
+    on_host = model.check_memory(device, run_dir, config, num_simulations=args.num_simulations, **sizes)
+    replays = [load_dataset(folder, device, on_host)[0] for folder in args.datasets]
     legal = [legal_actions(env_id) for env_id in env_ids]  # m x [A]
     for folder, replay in zip(args.datasets, replays, strict=True):
         if np.count_nonzero(replay.acted) < share:
@@ -534,46 +583,55 @@ if __name__ == "__main__":
 
     # agent setup
     net = model.EfficientZeroNet(config).to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
-    target_net, next_target_net = model.inference_copy(net), model.inference_copy(net)
-    sample_names = np.repeat(env_ids, share)  # [B]
+    model.share_batch_norms(net)
+    parameters = list(net.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4, fused=True)
+    target_net, next_target_net = (model.inference_copy(net, record) for _ in range(2))
+    loss_function = torch.compile(unroll_loss) if args.compile and W == 1 else unroll_loss
+
+    def update(*batch):
+        return compute_gradients(net, parameters, Batch(*batch), loss_function)
+
+    update = model.Recorded(update) if record else update
+    sample_names = np.repeat(env_ids, share)[rank::W]  # [B / W]
     log_every = max(1, min(100, args.num_updates // 100))  # updates
     updates, evaluated, scores = 0, -1, {}  # evaluated: when the last evaluation was, in updates
     evaluations = "env_steps,updates,episode,return,length,env_id\n"
 
     # the run folder, and if the run goes on, all that it had
-    lock = model.lock_folder(run_dir, checkpoint)
+    lock = model.lock_folder(run_dir, checkpoint) if rank == 0 else None
     inputs = [model.sha256(f"{folder}/meta.json") for folder in args.datasets]
+    parts = {"net": net, "target": target_net, "next_target": next_target_net, "optimizer": optimizer}
+    parts |= {"rng": rng, "generator": generator}
     if checkpoint:
-        parts = {"net": net, "target": target_net, "next_target": next_target_net, "optimizer": optimizer}
-        parts |= {"rng": rng, "generator": generator}
         kinds = {"updates": int, "evaluated": int, "scores": dict, "evaluations": str}
         updates, evaluated, scores, evaluations = model.restore(run_dir, checkpoint, inputs, parts, replays, **kinds)
-        model.write_file(f"{run_dir}/evaluations.csv", evaluations.encode(), keep_going=True)  # it may be torn
-    if args.resume:
+    if args.resume and rank == 0:
         model.rewind_events(run_dir, checkpoint["events"] if checkpoint else {})
+        if checkpoint:  # the table may be torn
+            model.write_file(f"{run_dir}/evaluations.csv", evaluations.encode(), keep_going=True)
 
     # TRY NOT TO MODIFY: start the training
     start_time, start_updates = time.time(), updates
-    bar = tqdm(total=args.num_updates, initial=updates, unit="update", dynamic_ncols=True)
+    bar = tqdm(total=args.num_updates, initial=updates, unit="update", dynamic_ncols=True, disable=rank > 0)
     with bar, model.stop_if_not_finite(run_dir, bar):
-        writer = make_writer(args, run_name, run_dir)
+        writer = make_writer(args, run_name, run_dir) if rank == 0 else model.Log(None)
         while True:
             last = updates >= args.num_updates
             if (last or updates % args.eval_every == 0) and evaluated < updates:
                 settings = args.eval_episodes, args.eval_max_frames, args.num_simulations, device, None, interrupted
-                results = [evaluate(model.inference_copy(net), env_id, *settings) for env_id in env_ids]
-                if not interrupted:
-                    for env_id, (returns, lengths) in zip(env_ids, results, strict=True):
+                agent, players = model.inference_copy(net, record), env_ids if rank == 0 else []
+                results = [evaluate(agent, env_id, *settings) for env_id in players]
+                if not model.any_interrupted(interrupted):
+                    for env_id, (returns, lengths) in zip(players, results, strict=True):
                         suffix = f"/{env_id}" if m > 1 else ""
                         evaluations += log_evaluation(writer, env_id, 0, updates, returns, lengths, suffix)
                         scores[env_id] = float(returns.mean())
                     evaluated = updates
-                    bar.set_postfix(eval_return=f"{np.mean(list(scores.values())):.1f}")
-            stop = last or bool(interrupted)  # once: a signal may come at any moment
-            if stop or evaluated == updates or updates % args.checkpoint_every == 0:
-                parts = {"net": net, "target": target_net, "next_target": next_target_net, "optimizer": optimizer}
-                parts |= {"rng": rng, "generator": generator}
+                    bar.set_postfix(eval_return=f"{np.mean([scores.get(env_id, 0.0) for env_id in env_ids]):.1f}")
+            stop = last or model.any_interrupted(interrupted)  # once: a signal may come at any moment
+            saved = False
+            if rank == 0 and (stop or evaluated == updates or updates % args.checkpoint_every == 0):
                 values = {"updates": updates, "evaluated": evaluated, "scores": scores, "evaluations": evaluations}
                 content = parts, replays, max(1, updates // 200), values
                 saved = model.save_checkpoint(run_dir, writer, args, inputs, *content, keep_going=not stop)
@@ -587,37 +645,39 @@ if __name__ == "__main__":
 
             # ALGO LOGIC: training.
             if updates % 200 == 0:  # the target network is the network of 200 to 400 updates ago
-                target_net, next_target_net = next_target_net, model.inference_copy(net)
+                model.refresh(target_net, next_target_net)
+                model.refresh(next_target_net, net)
             beta = 0.4 + 0.6 * min(1.0, updates / (1.2 * args.num_updates))
             drawn, batches, result = [], [], None
             for env_id, replay, legal_mask in zip(env_ids, replays, legal, strict=True):
                 rows, weight = sample(replay, share, beta, rng)
                 td_steps = np.full(share, args.td_steps)  # fixed data does not age
                 targets = make_targets(replay, rows, td_steps, args.unroll_steps)
-                settings = env_id, replay, targets, legal_mask, args.num_simulations, rng
-                result = reanalyze(target_net, max(1, updates // 200), *settings) or result
+                settings = env_id, replay, targets, legal_mask, args.num_simulations, rng, args.reanalyze_cache, rank, W
+                policy, value, searched = reanalyze(target_net, max(1, updates // 200), *settings)
+                result = searched or result
                 drawn.append(rows)
-                batches.append(make_batch(replay, targets, weight, rng, generator))
-            batch = Batch(*[torch.cat(tensors) for tensors in zip(*batches, strict=True)])  # [B, ...], task after task
+                batches.append(make_batch(replay, targets, policy, value, weight, rng, generator))
+            batch = Batch(*[torch.cat(tensors)[rank::W] for tensors in zip(*batches, strict=True)])  # [B / W, ...]
 
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                total, terms, priority = unroll_loss(net, batch)
-            loss = (batch.weight * total).mean()
+            loss, norm, terms, priority, gradients = update(*batch)  # [B / W] each sample's, task after task
+            numbers = (
+                torch.cat([model.interleave(priority), loss.view(1), norm.view(1)]).cpu().numpy()
+            )  # waits for a GPU
+            model.check_finite(*numbers[-2:], terms, gradients, sample_names, net, batch)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            torch.nn.utils.clip_grads_with_norm_(parameters, 5.0, norm)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(updates, args.num_updates, args.learning_rate)
-            optimizer.zero_grad()
-            (loss / args.unroll_steps).backward()
-            norm = torch.nn.utils.get_total_norm([x.grad for x in net.parameters() if x.grad is not None])
-            model.check_finite(loss, norm, terms, sample_names, net, batch)
-            torch.nn.utils.clip_grads_with_norm_(net.parameters(), 5.0, norm)
             optimizer.step()
-            for replay, rows, new in zip(replays, drawn, priority.cpu().numpy().reshape(m, share), strict=True):
+            for replay, rows, new in zip(replays, drawn, numbers[:-2].reshape(m, share), strict=True):
                 replay.priority[rows] = new
 
             if updates % log_every == 0:
-                writer.add_scalar("losses/loss", loss.item(), updates)
+                writer.add_scalar("losses/loss", numbers[-2], updates)
                 for name, term in terms.items():
-                    writer.add_scalar(f"losses/{name}_loss", term.mean().item(), updates)
+                    writer.add_scalar(f"losses/{name}_loss", model.interleave(term).mean().item(), updates)
                 writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], updates)
                 writer.add_scalar("charts/beta", beta, updates)
                 speed = (updates + 1 - start_updates) / (time.time() - start_time)
@@ -628,11 +688,13 @@ if __name__ == "__main__":
             updates += 1
             bar.update()
         bar.close()
-        if m == 1 and not os.path.exists(f"{run_dir}/targets.json"):  # its search policy and value for every state
+        if (
+            rank == 0 and m == 1 and not os.path.exists(f"{run_dir}/targets.json")
+        ):  # its search policy and value for every state
             settings = env_ids[0], replays[0], legal[0], args.num_simulations, rng, interrupted
-            write_targets(run_dir, args.datasets[0], model.inference_copy(net), *settings)
+            write_targets(run_dir, args.datasets[0], model.inference_copy(net, record), *settings)
 
-    if interrupted:
+    if model.any_interrupted(interrupted):
         print(f"{run_dir}: stopped at update {updates} by {interrupted[0]}. Next: the same command with --resume")
         sys.exit(model.INTERRUPTED)
     print(f"{run_dir}: teacher saved. Next: python distill.py --teachers {run_dir} OTHER_TEACHERS...")

@@ -490,7 +490,7 @@ def search_with(**changes):
         ({"policy_logits": torch.zeros(2, 4)}, "root: .*policy_logits"),
         ({"noise": np.zeros((3, 1))}, r"noise has shape \(3, 1\)"),
         ({"seeds": np.zeros(2, np.uint64)}, r"seeds has shape \(2,\)"),
-        ({"recurrent": stub(5)}, "simulation 0: .*policy_logits"),
+        ({"recurrent": stub(5)}, "leaves: .*policy_logits"),
     ],
 )
 def test_wrong_arguments_are_refused(changes, message):
