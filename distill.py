@@ -476,10 +476,9 @@ def compute_gradients(net, parameters, batch, loss_function):
     with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=batch.obs.is_cuda):
         total, terms, priority = loss_function(net, batch)
     loss = (batch.weight * total).mean()
-    gradients = torch.autograd.grad(loss / batch.action.shape[1], parameters, allow_unused=True)
-    loss, *used = model.average([loss.detach(), *[gradient for gradient in gradients if gradient is not None]])
-    norm, used = torch.nn.utils.get_total_norm(used), iter(used)
-    return loss, norm, terms, priority, [None if gradient is None else next(used) for gradient in gradients]
+    gradients = model.gradients(loss / batch.action.shape[1], parameters)
+    norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+    return model.average([loss.detach()])[0], norm, terms, priority, gradients
 
 
 # Copied from pretrain_teacher.py

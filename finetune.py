@@ -695,10 +695,9 @@ def transfer_gradients(net, parameters, batch, eta, loss_function, paper_loss, m
     task_losses = weighted[len(total) - m * share :].view(m, share).mean(dim=1)  # [m]
     cosines = gradient_cosines(target_loss, task_losses, parameters) if measure else torch.zeros_like(eta)
     loss = combine_losses(target_loss, task_losses, eta, paper_loss)
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    loss, *used = model.average([K * loss.detach(), *[gradient for gradient in gradients if gradient is not None]])
-    norm, used = torch.nn.utils.get_total_norm(used), iter(used)
-    return loss, norm, terms, priority, [None if gradient is None else next(used) for gradient in gradients], cosines
+    gradients = model.gradients(loss, parameters)
+    norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+    return model.average([K * loss.detach()])[0], norm, terms, priority, gradients, cosines
 
 
 # Copied from pretrain_teacher.py

@@ -353,6 +353,18 @@ def average(tensors):
     return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors, strict=True)]
 
 
+def gradients(loss, parameters):
+    """The gradients of the mean of `loss` over the processes -> list, None where a parameter has none.
+
+    Each lies in memory as its parameter does, channels_last or not: the fused optimizer reads them side by side.
+    """
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    averaged = iter(average([gradient for gradient in found if gradient is not None]))
+    found = [None if gradient is None else next(averaged) for gradient in found]
+    same = [x is None or x.stride() == parameter.stride() for x, parameter in zip(found, parameters, strict=True)]
+    return [x if ok else torch.empty_like(p).copy_(x) for x, ok, p in zip(found, same, parameters, strict=True)]
+
+
 def interleave(x):
     """x [n / W, ...] of each process, which belongs to rows[rank::W] -> [n, ...] in all of them."""
     if not distributed.is_initialized():
