@@ -14,12 +14,12 @@ The x-axis is updates; there are no environment steps outside evaluation.
 
 import os
 
-if os.path.exists(
-    "/proc/driver/nvidia"
-):  # the tree's threads sleep while the GPU works; on a CPU that costs torch 2.5x
+# Asleep the tree's threads leave the CPU to others while the GPU works; where torch computes on the CPU it costs 2.5x.
+if os.path.exists("/proc/driver/nvidia"):
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read as torch loads
 
 import re
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -51,8 +51,12 @@ class Args:
     run_dir: str | None = None  # the folder to write; default runs/{env_id}__{exp_name}__{seed}__{time}
     resume: bool = False  # whether to go on from the checkpoint in --run-dir; where there is none, the run starts
     checkpoint_every: int = 1_000  # updates between checkpoints; each evaluation and each interruption writes one too
-    compile: bool = torch.cuda.is_available()  # whether torch.compile fuses the loss; by default on a GPU only
-    cudagraphs: bool = torch.cuda.is_available()  # whether a GPU records its kernels and launches them as one graph
+    compile: bool = (
+        torch.cuda.is_available()
+    )  # whether torch.compile fuses the loss; default: on a GPU. Not with torchrun
+    cudagraphs: bool = (
+        torch.cuda.is_available()
+    )  # whether a GPU launches recorded kernels as one graph. Not with torchrun
 
     # Algorithm specific arguments
     teachers: tuple[str, ...] = ()  # run folders of pretrain_teacher.py, one per game
@@ -378,7 +382,7 @@ def run_search(net, env_id, obs, legal, num_simulations, rng, noise, rank=0, W=1
             raise FloatingPointError(f"the search of {env_id} ({error})", {"obs": obs}) from None
     if W > 1:
         visits, rest, value = model.add_up(visits), model.add_up(rest), model.add_up(value)
-    return mcts.SearchResult(visits, rest[0], rest[1]), value
+    return mcts.SearchResult(visits, rest[0], rest[1].astype(np.int32)), value
 
 
 # Copied from pretrain_teacher.py
@@ -478,6 +482,7 @@ def compute_gradients(net, parameters, batch, loss_function):
     loss = (batch.weight * total).mean()
     gradients = model.gradients(loss / batch.action.shape[1], parameters)
     norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+    terms = {name: term.detach() for name, term in terms.items()}  # else autograd's graph outlives this call
     return model.average([loss.detach()])[0], norm, terms, priority, gradients
 
 
@@ -538,6 +543,8 @@ def check_args(args, may_be_zero=()):
             raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {lowest} or more")
     if args.cudagraphs and not torch.cuda.is_available():
         raise SystemExit("error: --cudagraphs needs an NVIDIA GPU, and none was found; drop the flag")
+    if args.compile and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        raise SystemExit("error: --compile needs a C compiler, and none was found; install gcc or give --no-compile")
     if args.resume and not args.run_dir:
         raise SystemExit("error: --resume needs the --run-dir that it is to continue; give both")
     if args.run_dir is None or not os.path.exists(args.run_dir):
@@ -562,9 +569,11 @@ if __name__ == "__main__":
     m = len(args.teachers)
     if args.batch_size % m:
         raise SystemExit(f"error: --batch-size {args.batch_size} is not a multiple of the {m} --teachers; make it one")
-    if args.batch_size // m % int(os.environ.get("WORLD_SIZE", 1)):
-        raise SystemExit(f"error: --batch-size {args.batch_size} / {m} is not a multiple of torchrun's processes")
     device, rank, W = model.join_processes(args.cuda)
+    if args.batch_size // m % W:
+        raise SystemExit(
+            f"error: --batch-size {args.batch_size} / {m} is not a multiple of the {W} processes; make it one"
+        )
     record = args.cudagraphs and device.type == "cuda" and W == 1  # messages between processes are not recorded
     checkpoint = model.load_checkpoint(args)
 
@@ -572,8 +581,7 @@ if __name__ == "__main__":
     config = model.ModelConfig.of_width(args.channels, args.blocks)
     rows = sum(targets_meta(folder)["rows"] for folder in args.teachers)
     sizes = {"rows": rows, "samples": args.batch_size, "roots": args.eval_episodes}
-    run_dir = args.run_dir or "runs"
-    on_host = model.check_memory(device, run_dir, config, num_simulations=args.num_simulations, **sizes)
+    on_host = model.check_memory(device, args.run_dir or "runs", config, num_simulations=args.num_simulations, **sizes)
     tasks = [load_task(folder, device, on_host) for folder in args.teachers]
     env_ids = [task.env_id for task in tasks]
     share = args.batch_size // m
@@ -621,7 +629,13 @@ if __name__ == "__main__":
 
     # TRY NOT TO MODIFY: start the training
     start_time, start_updates = time.time(), updates
-    bar = tqdm(total=args.num_updates, initial=updates, unit="update", dynamic_ncols=True, disable=rank > 0)
+    bar = tqdm(
+        total=args.num_updates,
+        initial=updates,
+        unit="update",
+        dynamic_ncols=True,
+        file=sys.stderr if rank == 0 else sys.stdout,
+    )
     with bar, model.stop_if_not_finite(run_dir, bar):
         writer = make_writer(args, run_name, run_dir) if rank == 0 else model.Log(None)
         while True:
@@ -663,9 +677,8 @@ if __name__ == "__main__":
             batch = Batch(*[torch.cat(tensors)[rank::W] for tensors in zip(*batches, strict=True)])  # [B / W, ...]
 
             loss, norm, terms, priority, gradients = update(*batch)  # [B / W] each sample's, task after task
-            numbers = (
-                torch.cat([model.interleave(priority), loss.view(1), norm.view(1)]).cpu().numpy()
-            )  # waits for a GPU
+            # The only wait for a GPU in an update besides the search's.
+            numbers = torch.cat([model.interleave(priority), loss.view(1), norm.view(1)]).cpu().numpy()
             model.check_finite(*numbers[-2:], terms, gradients, sample_names, net, batch)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient

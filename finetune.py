@@ -14,9 +14,8 @@ There is one update per environment step of 4 frames; the x-axis is updates, or 
 
 import os
 
-if os.path.exists(
-    "/proc/driver/nvidia"
-):  # the tree's threads sleep while the GPU works; on a CPU that costs torch 2.5x
+# Asleep the tree's threads leave the CPU to others while the GPU works; where torch computes on the CPU it costs 2.5x.
+if os.path.exists("/proc/driver/nvidia"):
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read as torch loads
 
 import hashlib
@@ -56,8 +55,12 @@ class Args:
     run_dir: str | None = None  # the folder to write; default runs/{env_id}__{exp_name}__{seed}__{time}
     resume: bool = False  # whether to go on from the checkpoint in --run-dir; where there is none, the run starts
     checkpoint_every: int = 1_000  # updates between checkpoints; each evaluation and each interruption writes one too
-    compile: bool = torch.cuda.is_available()  # whether torch.compile fuses the loss; by default on a GPU only
-    cudagraphs: bool = torch.cuda.is_available()  # whether a GPU records its kernels and launches them as one graph
+    compile: bool = (
+        torch.cuda.is_available()
+    )  # whether torch.compile fuses the loss; default: on a GPU. Not with torchrun
+    cudagraphs: bool = (
+        torch.cuda.is_available()
+    )  # whether a GPU launches recorded kernels as one graph. Not with torchrun
     capture_video: bool = False  # whether to write a gif of the first game of each evaluation into the run folder
 
     # Algorithm specific arguments
@@ -529,7 +532,7 @@ def run_search(net, env_id, obs, legal, num_simulations, rng, noise, rank=0, W=1
             raise FloatingPointError(f"the search of {env_id} ({error})", {"obs": obs}) from None
     if W > 1:
         visits, rest, value = model.add_up(visits), model.add_up(rest), model.add_up(value)
-    return mcts.SearchResult(visits, rest[0], rest[1]), value
+    return mcts.SearchResult(visits, rest[0], rest[1].astype(np.int32)), value
 
 
 # Copied from pretrain_teacher.py
@@ -697,6 +700,7 @@ def transfer_gradients(net, parameters, batch, eta, loss_function, paper_loss, m
     loss = combine_losses(target_loss, task_losses, eta, paper_loss)
     gradients = model.gradients(loss, parameters)
     norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+    terms = {name: term.detach() for name, term in terms.items()}  # else autograd's graph outlives this call
     return model.average([K * loss.detach()])[0], norm, terms, priority, gradients, cosines
 
 
@@ -773,6 +777,8 @@ def check_args(args, may_be_zero=()):
             raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {lowest} or more")
     if args.cudagraphs and not torch.cuda.is_available():
         raise SystemExit("error: --cudagraphs needs an NVIDIA GPU, and none was found; drop the flag")
+    if args.compile and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        raise SystemExit("error: --compile needs a C compiler, and none was found; install gcc or give --no-compile")
     if args.resume and not args.run_dir:
         raise SystemExit("error: --resume needs the --run-dir that it is to continue; give both")
     if args.run_dir is None or not os.path.exists(args.run_dir):
@@ -832,9 +838,9 @@ if __name__ == "__main__":
         raise SystemExit("error: --teachers are not used with --no-cross-task; leave one of the two out")
     if (args.freeze_representation or args.transfer != "hgf") and not args.pretrained:
         raise SystemExit("error: --freeze-representation and --transfer need --pretrained; give its folder")
-    if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
-        raise SystemExit(f"error: --batch-size {args.batch_size} is not a multiple of torchrun's processes")
     device, rank, W = model.join_processes(args.cuda)
+    if args.batch_size % W:
+        raise SystemExit(f"error: --batch-size {args.batch_size} is not a multiple of the {W} processes; make it one")
     record = args.cudagraphs and device.type == "cuda" and W == 1  # messages between processes are not recorded
     checkpoint = model.load_checkpoint(args)
     training = args.total_timesteps > 0
@@ -922,7 +928,13 @@ if __name__ == "__main__":
 
     # TRY NOT TO MODIFY: start the game
     start_time, start_steps = time.time(), env_steps
-    bar = tqdm(total=total_updates, initial=updates, unit="update", dynamic_ncols=True, disable=rank > 0)
+    bar = tqdm(
+        total=total_updates,
+        initial=updates,
+        unit="update",
+        dynamic_ncols=True,
+        file=sys.stderr if rank == 0 else sys.stdout,
+    )
     with bar, model.stop_if_not_finite(run_dir, bar):
         writer = make_writer(args, run_name, run_dir) if rank == 0 else model.Log(None)
         while True:
@@ -954,8 +966,8 @@ if __name__ == "__main__":
                 model.write_file(f"{run_dir}/evaluations.csv", evaluations.encode(), keep_going=not last)
                 saved_args = vars(args) | {"teachers": [os.path.relpath(folder, run_dir) for folder in teachers]}
                 counters = {"updates": updates, "env_steps": env_steps, "scores": scores}
-                agent = net, saved_args, [args.env_id, *env_ids], counters
-                model.save_model(f"{run_dir}/model.pt", *agent, keep_going=not last)
+                content = net, saved_args, [args.env_id, *env_ids], counters
+                model.save_model(f"{run_dir}/model.pt", *content, keep_going=not last)
             if stop:
                 break
 
@@ -1002,24 +1014,20 @@ if __name__ == "__main__":
                 batches.append(task_batch)
             batch = Batch(*[torch.cat(x)[rank::W] for x in zip(*batches, strict=True)])  # [(B + m * share) / W, ...]
 
-            phase = updates % args.similarity_interval
-            measures = m and args.task_weights and updates >= args.similarity_start
-            if (
-                measures and phase < args.similarity_updates
-            ):  # several passes back, which are neither compiled nor recorded
-                settings = unroll_loss, args.paper_loss, m, share // W, True
-                *results, cosines = transfer_gradients(net, parameters, batch, eta, *settings)
-                similar, measured = similar + (cosines > args.similarity_threshold), measured + 1
-                for env_id, cosine in zip(env_ids, cosines.tolist(), strict=True):
-                    writer.add_scalar(f"transfer/grad_cosine/{env_id}", cosine, updates)
-            else:
-                if measures and phase == args.similarity_updates and measured:
+            phase, measured_now = updates % args.similarity_interval, False
+            if m and args.task_weights and updates >= args.similarity_start:
+                measured_now = phase < args.similarity_updates
+                if phase == args.similarity_updates and measured:
                     eta, similar, measured = similar / measured, torch.zeros(m, device=device), 0
-                *results, _ = update(eta, *batch)
-            loss, norm, terms, priority, gradients = results
-            numbers = (
-                torch.cat([model.interleave(priority), loss.view(1), norm.view(1)]).cpu().numpy()
-            )  # waits for a GPU
+            if measured_now:  # several passes back through one loss: neither compiled nor recorded
+                settings = unroll_loss, args.paper_loss, m, share // W, True
+                results = transfer_gradients(net, parameters, batch, eta, *settings)
+                similar, measured = similar + (results[-1] > args.similarity_threshold), measured + 1
+            else:
+                results = update(eta, *batch)
+            loss, norm, terms, priority, gradients, cosines = results
+            # The only wait for a GPU in an update besides the search's.
+            numbers = torch.cat([model.interleave(priority), cosines, loss.view(1), norm.view(1)]).cpu().numpy()
             model.check_finite(*numbers[-2:], terms, gradients, sample_names, net, batch)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
@@ -1028,8 +1036,11 @@ if __name__ == "__main__":
                 group["lr"] = learning_rate_at(updates, args.total_timesteps, args.learning_rate)
             optimizer.step()
             replay.priority[rows] = numbers[: args.batch_size]
-            for task, task_rows, new in zip(tasks, drawn, numbers[args.batch_size : -2].reshape(m, share), strict=True):
+            offline = numbers[args.batch_size : args.batch_size + m * share].reshape(m, share)
+            for task, task_rows, new in zip(tasks, drawn, offline, strict=True):
                 task.replay.priority[task_rows] = new
+            for env_id, cosine in zip(env_ids, numbers[-2 - m : -2], strict=True) if measured_now else []:
+                writer.add_scalar(f"transfer/grad_cosine/{env_id}", cosine, updates)
 
             if updates % log_every == 0:
                 writer.add_scalar("losses/loss", numbers[-2], updates)

@@ -27,7 +27,7 @@ from numba import njit, prange
 ROOT, UNVISITED = 0, 0  # an edge to node 0 is unvisited: the root is nobody's child
 PRIOR, Q, VISITS = 0, 1, 2  # rows of `edges`
 VALUE_PREFIX_HORIZON = 5
-PARALLEL_MIN_ROOTS = 256  # below, waking threads costs more than it saves. Set OMP_WAIT_POLICY=PASSIVE, or they spin
+PARALLEL_MIN_ROOTS = 256  # below, waking threads costs more than it saves
 
 # A float32 and a Python number make a float64 in numba: the formulas need constants of their own.
 ZERO, ONE, INF = np.float32(0), np.float32(1), np.float32(np.inf)
@@ -314,8 +314,8 @@ def pack_outputs(value_prefix, value, policy_logits, illegal, where):
 
 
 def bucket(n):
-    """Rows for n roots: a power of two up to 128, then a multiple of 128. Recorded kernels need fixed sizes."""
-    return 1 << max(3, (n - 1).bit_length()) if n <= 128 else -(-n // 128) * 128
+    """Rows for n roots: a power of two from 8 to 256, then a multiple of 256. Recorded kernels need fixed sizes."""
+    return 1 << max(3, (n - 1).bit_length()) if n <= 256 else -(-n // 256) * 256
 
 
 @torch.no_grad()

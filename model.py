@@ -11,10 +11,12 @@ eval mode and on any device. Below them, what all scripts need to write whole fi
 code agrees with it, and the released code where not (docs/finetune.md lists each place).
 """
 
+import atexit
 import contextlib
 import copy
 import dataclasses
 import fcntl
+import gc
 import hashlib
 import io
 import json
@@ -294,22 +296,29 @@ class Recorded:
     the results. The first two calls are ordinary ones, so that the function has allocated and compiled what it needs.
     """
 
+    stream = None  # of the ordinary calls: what autograd makes on the default stream cannot be recorded later
+
     def __init__(self, function):
         self.function, self.calls, self.graph = function, 0, None
 
     def __call__(self, *tensors):
         if self.calls < 2:
             self.calls += 1
-            stream = torch.cuda.Stream()  # recording must not happen where anything else has run
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            Recorded.stream = Recorded.stream or torch.cuda.Stream()
+            Recorded.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(Recorded.stream):
                 results = self.function(*tensors)
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(Recorded.stream)
             return results
         if self.graph is None:
             self.tensors, self.graph = [x.clone() for x in tensors], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.results = self.function(*self.tensors)
+            gc.collect()  # a graph that nobody uses any more must not be freed while another is recorded: that ends it
+            gc.disable()
+            try:
+                with torch.cuda.graph(self.graph):
+                    self.results = self.function(*self.tensors)
+            finally:
+                gc.enable()
         for place, x in zip(self.tensors, tensors, strict=True):
             place.copy_(x)
         self.graph.replay()
@@ -325,18 +334,23 @@ def upload(array, device):
 # --- several processes ---
 # `torchrun --nproc-per-node N` starts W = N processes that play the same games, draw the same batches and hold the same
 # replay. Each searches every W-th state and learns from every W-th sample, rank first: rows[rank::W]. Process 0 alone
-# writes. All functions here do nothing where there is one process.
+# writes. Where there is one process, nothing is exchanged.
 def join_processes(cuda):
     """Meets the other processes of torchrun, if any -> (device, rank, W). cuda: whether to use a GPU if there is one.
 
     All processes but the first print nothing from now on.
     """
-    use_cuda, rank, W = cuda and torch.cuda.is_available(), 0, int(os.environ.get("WORLD_SIZE", 1))
+    use_cuda, rank, W = cuda and torch.cuda.is_available(), 0, 1
+    if "LOCAL_RANK" in os.environ:
+        gpus, local_rank, W = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+        if use_cuda and local_rank >= gpus:
+            raise SystemExit(f"error: torchrun starts more processes than there are GPUs ({gpus}); lower its number")
     if W > 1:
         if use_cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         distributed.init_process_group(backend, timeout=timedelta(days=1))  # an evaluation may take that long
+        atexit.register(distributed.destroy_process_group)
         rank = distributed.get_rank()
         if rank:
             sys.stdout = open(os.devnull, "w")
@@ -394,9 +408,10 @@ def of_first(array):
 
 def any_interrupted(interrupted):
     """Whether a process was asked to stop, the same answer in all of them. interrupted: of `catch_signals`."""
-    if add_up(np.array(len(interrupted))) and not interrupted:
+    total = add_up(np.array(len(interrupted)))  # and not the list itself: a signal may have come since
+    if total and not interrupted:
         interrupted.append("another process")
-    return bool(interrupted)
+    return bool(total)
 
 
 class Sum(torch.autograd.Function):
@@ -933,7 +948,8 @@ def stop_if_not_finite(run_dir, bar):
         yield
     except FloatingPointError as error:
         what, tensors = error.args
-        path = f"{run_dir}/not_finite.pt"
+        rank = distributed.get_rank() if distributed.is_initialized() else 0
+        path = f"{run_dir}/not_finite{rank or ''}.pt"
         save_torch(path, {"format": "xtra-not-finite-1", "update": bar.n, "what": what, **tensors}, keep_going=True)
         hint = f"the run before it is in checkpoint.pt; look at {path}, then try a lower --learning-rate"
         raise SystemExit(f"error: {what} is not finite at update {bar.n}; {hint}") from None
@@ -970,7 +986,9 @@ def check_memory(device, run_dir, config, rows, samples, roots, num_simulations,
         weights = 4 * sum(parameter.numel() for parameter in EfficientZeroNet(config).parameters())
     training = samples * (19 * channels * (1908 * blocks + 1440) + 3_000_000)
     search = roots * (4 * num_simulations * (36 * channels + 2 * lstm_size) + 9216 * (12 * 9 + 2 * channels))
-    work = 5 * weights + max(training, search) * (0.5 if device.type == "cuda" else 1)  # bf16
+    # In bf16 half of it, but a GPU keeps the memory of what it has recorded: of an update beside one that is not, of
+    # searches of many sizes.
+    work = 5 * weights + (training + search if device.type == "cuda" else max(training, search))
     data, rest = rows * 3 * 96 * 96, rows * 130 + (3e9 if device.type == "cuda" else 6e8)  # libraries
     disk = {run_dir: (4 if checkpoint_time(run_dir) else 8) * weights} | (disk or {})
     needs, frames_on_host = {}, False

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +26,8 @@ ALL = {
     "run_dir": None,
     "resume": False,
     "checkpoint_every": 1_000,
+    "compile": torch.cuda.is_available(),
+    "cudagraphs": torch.cuda.is_available(),
     "batch_size": 256,
     "learning_rate": 0.2,
     "num_simulations": 50,
@@ -35,7 +38,13 @@ ALL = {
     "eval_max_frames": 108_000,
 }
 OWN = {
-    "pretrain_teacher": {"datasets": (), "num_updates": 100_000, "channels": 64, "blocks": 4},
+    "pretrain_teacher": {
+        "datasets": (),
+        "num_updates": 100_000,
+        "channels": 64,
+        "blocks": 4,
+        "reanalyze_cache": True,
+    },
     "distill": {"teachers": (), "num_updates": 100_000, "policy_target": "teacher", "channels": 64, "blocks": 4},
     "finetune": {
         "env_id": "MsPacmanNoFrameskip-v4",
@@ -59,6 +68,7 @@ OWN = {
         "similarity_start": 10_000,
         "similarity_threshold": 0.1,
         "paper_loss": False,
+        "reanalyze_cache": True,
     },
 }
 

@@ -437,8 +437,8 @@ def test_a_checkpoint_that_is_none(work, monkeypatch, script):
     Path("runs/mine/checkpoint.pt").write_bytes(b"nothing of the kind")
     assert "runs/mine/checkpoint.pt is damaged" in refused(monkeypatch, script, *flags)
     shutil.copy("student/model.pt", "runs/mine/checkpoint.pt")
-    assert "expected 'xtra-checkpoint-2'" in refused(monkeypatch, script, *flags)
-    save_torch("runs/mine/checkpoint.pt", {"format": "xtra-checkpoint-2", "args": {"seed": 1}})
+    assert "expected 'xtra-checkpoint-3'" in refused(monkeypatch, script, *flags)
+    save_torch("runs/mine/checkpoint.pt", {"format": "xtra-checkpoint-3", "args": {"seed": 1}})
     assert "expected a run of this script" in refused(monkeypatch, script, *flags)
 
 

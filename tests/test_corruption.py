@@ -117,6 +117,7 @@ EVENTS = "run/events.out.tfevents.1"
 def until_training_starts(args):
     """The variables of finetune.py's main when it starts to train."""
     space = vars(finetune) | {"args": args, "device": torch.device("cpu"), "interrupted": []}
+    space |= {"rank": 0, "W": 1, "record": False}
     try:
         exec(SETUP, space)
     finally:
@@ -196,7 +197,8 @@ def plain(value):
 
 def rows_of(replay):
     """The content of a replay; rows that are not filled yet hold anything."""
-    return {name: x if name in ("size", "num_envs") else x[: replay.size] for name, x in vars(replay).items()}
+    plain_values = ("size", "num_envs", "device")
+    return {name: x if name in plain_values else x[: replay.size] for name, x in vars(replay).items()}
 
 
 def load_data():

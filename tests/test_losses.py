@@ -366,27 +366,41 @@ def main_nodes(script):
 
 
 def measure(updates, cosines, **flags):
-    """Runs the measuring block of finetune.py's main over range(updates) -> {update: eta} where eta changes.
+    """Runs the measuring block of finetune.py's main over range(updates) -> ({update: eta} where eta changes, scalars).
 
-    cosines(updates) [m] stands for the gradients' cosines. The block is taken from the script's text.
+    cosines(updates) [m] stands for the gradients' cosines. The block is taken from the script's text, with the two
+    assignments before it.
     """
     walked = [node for statement in main_nodes("finetune.py") for node in ast.walk(statement)]
-    (block,) = [x for x in walked if isinstance(x, ast.If) and "args.task_weights" in ast.unparse(x.test)]
-    code = compile(ast.Module([block], []), "finetune.py", "exec")
+    (body,) = [x.body for x in walked if isinstance(x, ast.While) and "transfer_gradients" in ast.unparse(x)]
+    (i,) = [i for i, x in enumerate(body) if isinstance(x, ast.If) and "transfer_gradients" in ast.unparse(x)]
+    code = compile(ast.Module(body[i - 2 : i + 1], []), "finetune.py", "exec")
     defaults = {name: getattr(finetune.Args, name) for name in vars(finetune.Args()) if hasattr(finetune.Args, name)}
     m = len(cosines(0))
     space = vars(finetune) | {
         "args": SimpleNamespace(**defaults | flags), "m": m, "device": "cpu", "env_ids": [f"Game{i}" for i in range(m)],
-        "eta": torch.ones(m), "similar": torch.zeros(m), "measured": 0, "target_loss": None, "task_losses": None,
-        "parameters": None, "writer": SimpleNamespace(add_scalar=lambda *scalar: scalars.append(scalar)),
+        "eta": torch.ones(m), "similar": torch.zeros(m), "measured": 0, "net": None, "batch": (), "parameters": None,
+        "share": 2, "W": 1, "writer": SimpleNamespace(add_scalar=lambda *scalar: scalars.append(scalar)),
     }  # fmt: skip
-    scalars, changes = [], {}
-    space["gradient_cosines"] = lambda *losses: torch.tensor(cosines(space["updates"]))
+    scalars, changes, used = [], {}, []
+
+    def transfer_gradients(net, parameters, batch, eta, loss_function, paper_loss, m, share, measure):
+        assert loss_function is finetune.unroll_loss and measure and share == 2
+        used.append(eta)
+        return *range(5), torch.tensor(cosines(space["updates"]))
+
+    def update(eta, *batch):
+        used.append(eta)
+        return *range(5), None
+
+    space |= {"transfer_gradients": transfer_gradients, "update": update}
     for space["updates"] in range(updates):
         before = space["eta"]
         exec(code, space)
+        assert used[-1] is space["eta"] and space["results"] == [*range(5)]  # a new eta counts from its own update on
         if space["eta"] is not before:
             changes[space["updates"]] = space["eta"].tolist()
+    assert len(used) == updates  # one pass each
     return changes, scalars
 
 

@@ -503,7 +503,7 @@ def test_wrong_network_shapes_are_refused():
         latent, state, value_prefix, value, logits = stub(4)(latent, action, state)
         return latent, state, value_prefix, value[:, None], logits
 
-    with pytest.raises(ValueError, match="simulation 0: value_prefix, value"):
+    with pytest.raises(ValueError, match="leaves: value_prefix, value"):
         search_with(recurrent=recurrent)
 
 

@@ -336,7 +336,7 @@ def test_random_shift_reaches_all_81_offsets_evenly():
 
 def test_random_intensity_has_one_factor_per_sample_within_a_tenth():
     obs = torch.rand(500, 2, 3, 4) + 0.1
-    factor = random_intensity(obs, torch.Generator().manual_seed(0)) / obs
+    factor = random_intensity(obs.clone(), torch.Generator().manual_seed(0)) / obs
     assert (factor - factor[:, :1, :1, :1]).abs().max() < 1e-6
     factor = factor[:, 0, 0, 0]
     # 1 + 0.05 n, cut at 2 standard deviations: 0.9 and 1.1 are reached (5 % of the draws), nothing is beyond
@@ -421,7 +421,7 @@ def test_a_flipped_byte_in_a_checkpoint_is_one_line(saved, tmp_path, flip):
     "other",
     [
         {"format": "xtra-model-1"},
-        {"format": "xtra-checkpoint-2"},  # the checkpoint.pt of a run folder
+        {"format": "xtra-checkpoint-3"},  # the checkpoint.pt of a run folder
         {"format": None},
         {"weights": torch.zeros(2)},
         [1, 2],
@@ -895,11 +895,11 @@ GAMES = np.repeat(["Alien", "Hero"], 2)  # [B]
 def checked(terms, gradients=None, loss=1.0, norm=1.0):
     """`check_finite` on a network of two layers -> what it says, and the tensors of its post-mortem."""
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))  # the second has no gradient, as where h is frozen
-    for name, gradient in {"0.weight": torch.ones(2, 2), "0.bias": torch.ones(2)}.items():
-        net.get_parameter(name).grad = (gradients or {}).get(name, gradient)
+    found = {"0.weight": torch.ones(2, 2), "0.bias": torch.ones(2), "1.weight": None, "1.bias": None}
+    found = list((found | (gradients or {})).values())
     terms = {name: torch.tensor(term) for name, term in terms.items()}
     try:
-        check_finite(torch.tensor(loss), torch.tensor(norm), terms, GAMES, net, Numbers(torch.arange(3)))
+        check_finite(loss, norm, terms, found, GAMES, net, Numbers(torch.arange(3)))
     except FloatingPointError as error:
         what, tensors = error.args
         assert torch.equal(tensors["batch"]["obs"], torch.arange(3))
@@ -931,6 +931,15 @@ def test_the_parameter_whose_gradient_is_not_finite_is_named():
     gradients = {"0.bias": torch.tensor([0.0, INF])}
     assert checked({"policy": ONES}, gradients, norm=INF) == "the gradient of 0.bias"
     assert checked({"policy": ONES}, gradients, norm=NAN) == "the gradient of 0.bias"
+
+
+def test_gradients_are_those_of_the_parameters_that_require_one():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    net[0].requires_grad_(False)  # as where h is frozen: the first of the list is not the network's first
+    gradients = [torch.ones(2, 2), torch.full((2,), NAN)]
+    with pytest.raises(FloatingPointError) as error:
+        check_finite(1.0, NAN, {"policy": torch.ones(4)}, gradients, GAMES, net, Numbers(torch.arange(3)))
+    assert error.value.args[0] == "the gradient of 1.bias"
 
 
 def test_a_sum_that_overflows_is_the_loss():

@@ -129,7 +129,8 @@ def test_frames_of_a_batch_at_starts_and_ends(monkeypatch):
     #  row      0 1 2 3 | 4 5      row 3's action loses a life: row 4 is the last frame of one and the first of the next
     replay = replay_of(np.zeros(6), [0, 0, 0, LIFE_LOST, 0, 0], [1, 1, 1, 1, 1, 0])
     targets = make_targets(replay, np.array([0, 2, 4]), np.full(3, 1), 3, 0.5)
-    batch = make_batch(replay, targets, np.ones(3), np.random.default_rng(0), None)
+    policy, value = np.zeros((3, 4, 18)), np.zeros((3, 4))
+    batch = make_batch(replay, targets, policy, value, np.ones(3), np.random.default_rng(0), None)
     np.testing.assert_array_equal(batch.obs[:, ::3, 0, 0], [[0, 0, 0, 0], [0, 0, 1, 2], [4, 4, 4, 4]])
     # frames o_t-2 .. o_t+3: the stack of o_t+k is columns k-1 .. k+2; past the end the last frame is repeated
     np.testing.assert_array_equal(
@@ -145,21 +146,18 @@ class CountingNet:
     """Its value of a state is 10 times the number of the newest frame; its search visits that action only."""
 
     def __init__(self, monkeypatch):
-        self.searched, self.encoded = [], []
+        self.searched, self.encoded, self.calls = [], [], 0  # encoded: for their values only
         monkeypatch.setattr("pretrain_teacher.run_search", self.search)
-        monkeypatch.setattr("model.support_to_scalar", lambda x: x)
 
-    def initial_inference(self, obs):
-        self.encoded += obs[:, 9, 0, 0].tolist()
-        return None, None, 10 * obs[:, 9, 0, 0].float()
-
-    def search(self, net, env_id, obs, legal, num_simulations, rng, noise):
+    def search(self, net, env_id, obs, legal, num_simulations, rng, noise, rank=0, W=1):
         assert env_id == "A"  # named if something is not finite
-        frame = obs[:, 9, 0, 0].numpy()
-        self.searched += frame.tolist()
-        assert noise
-        visits = np.zeros((len(obs), 18), np.int32)
-        visits[np.arange(len(obs)), frame] = num_simulations
+        frame, n = obs[:, 9, 0, 0].numpy().astype(int), len(legal)
+        self.searched += frame[:n].tolist()
+        self.encoded += frame[n:].tolist()
+        self.calls += 1
+        assert noise and legal.shape[1:] == (18,)
+        visits = np.zeros((n, 18), np.int32)
+        visits[np.arange(n), frame[:n]] = num_simulations
         return type("Result", (), {"visits": visits}), 10 * frame
 
 
@@ -168,20 +166,38 @@ def test_reanalyze_searches_each_living_state_once_per_target_network(monkeypatc
     replay = replay_of([1, 0, 1, 1, 1, 0], [0, 0, LIFE_LOST, 0, 0, 0], [1, 1, 1, 1, 1, 0])
     legal = np.ones(18, bool)
     targets = make_targets(replay, np.array([0, 1, 1]), np.full(3, 2), 2, 0.5)
-    assert reanalyze(net, 1, "A", replay, targets, legal, 5, None) is not None
+    policy, value, result = reanalyze(net, 1, "A", replay, targets, legal, 5, None, cache=True)
+    assert result is not None
     assert sorted(net.searched) == [0, 1, 2] and net.encoded == []  # row 2's value came with its search
-    batch = make_batch(replay, targets, np.ones(3), np.random.default_rng(0), torch.Generator())
+    batch = make_batch(replay, targets, policy, value, np.ones(3), np.random.default_rng(0), torch.Generator())
     np.testing.assert_allclose(batch.value, [[1 + 0.25 * 20, 0.5, 1], [0.5, 1, 0], [0.5, 1, 0]])
     np.testing.assert_array_equal(batch.policy.argmax(-1), [[0, 1, 2], [1, 2, 0], [1, 2, 0]])
     np.testing.assert_array_equal(batch.policy.sum(-1), [[1, 1, 1], [1, 1, 0], [1, 1, 0]])  # terminal: all zero
     # the same network again: nothing to do; rows 3 and 4 are new to it, row 5 is only bootstrapped from
-    assert reanalyze(net, 1, "A", replay, targets, legal, 5, None) is None
+    again = reanalyze(net, 1, "A", replay, targets, legal, 5, None, cache=True)
+    assert again[2] is None and net.calls == 1
+    np.testing.assert_array_equal(again[0], policy)
+    np.testing.assert_array_equal(again[1], value)
     targets = make_targets(replay, np.array([3]), np.full(1, 2), 1, 0.5)
-    reanalyze(net, 1, "A", replay, targets, legal, 5, None)
+    reanalyze(net, 1, "A", replay, targets, legal, 5, None, cache=True)
     assert sorted(net.searched) == [0, 1, 2, 3, 4] and net.encoded == [5]
     # the next network: everything that the batch needs is stale
-    reanalyze(net, 2, "A", replay, targets, legal, 5, None)
+    reanalyze(net, 2, "A", replay, targets, legal, 5, None, cache=True)
     assert sorted(net.searched) == [0, 1, 2, 3, 3, 4, 4] and net.encoded == [5, 5]
+    assert net.calls == 3  # states to search and states to value go through the network together
+
+
+def test_without_the_cache_each_sample_is_searched_for_itself(monkeypatch):
+    net = CountingNet(monkeypatch)
+    replay = replay_of([1, 0, 1, 1, 1, 0], [0, 0, LIFE_LOST, 0, 0, 0], [1, 1, 1, 1, 1, 0])
+    targets = make_targets(replay, np.array([0, 1, 1]), np.full(3, 2), 2, 0.5)
+    for _ in range(2):  # the second time everything is fresh
+        net.searched, net.encoded = [], []
+        policy, value, _ = reanalyze(net, 1, "A", replay, targets, np.ones(18, bool), 5, None, cache=False)
+        assert sorted(net.searched) == [0, 1, 1, 1, 2, 2, 2] and net.encoded == [2]  # one bootstrap, of state 0
+    np.testing.assert_array_equal(policy.argmax(-1), [[0, 1, 2], [1, 2, 0], [1, 2, 0]])
+    np.testing.assert_array_equal(policy.sum(-1), [[1, 1, 1], [1, 1, 0], [1, 1, 0]])
+    assert value[0, 0] == 20
 
 
 @pytest.mark.parametrize("place", ["policy", "value", "latent"])
