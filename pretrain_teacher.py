@@ -50,12 +50,8 @@ class Args:
     run_dir: str | None = None  # the folder to write; default runs/{env_id}__{exp_name}__{seed}__{time}
     resume: bool = False  # whether to go on from the checkpoint in --run-dir; where there is none, the run starts
     checkpoint_every: int = 1_000  # updates between checkpoints; each evaluation and each interruption writes one too
-    compile: bool = (
-        torch.cuda.is_available()
-    )  # whether torch.compile fuses the loss; default: on a GPU. Not with torchrun
-    cudagraphs: bool = (
-        torch.cuda.is_available()
-    )  # whether a GPU launches recorded kernels as one graph. Not with torchrun
+    compile: bool = torch.cuda.is_available()  # whether torch.compile fuses the loss; not under torchrun
+    cudagraphs: bool = torch.cuda.is_available()  # whether a GPU launches recorded kernels; not under torchrun
 
     # Algorithm specific arguments
     datasets: tuple[str, ...] = ()  # dataset folders: one for a teacher, several for the baseline of Appendix C
