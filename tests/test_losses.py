@@ -369,12 +369,14 @@ def measure(updates, cosines, **flags):
     """Runs the measuring block of finetune.py's main over range(updates) -> ({update: eta} where eta changes, scalars).
 
     cosines(updates) [m] stands for the gradients' cosines. The block is taken from the script's text, with the two
-    assignments before it.
+    statements before it and the loop that logs.
     """
     walked = [node for statement in main_nodes("finetune.py") for node in ast.walk(statement)]
     (body,) = [x.body for x in walked if isinstance(x, ast.While) and "transfer_gradients" in ast.unparse(x)]
     (i,) = [i for i, x in enumerate(body) if isinstance(x, ast.If) and "transfer_gradients" in ast.unparse(x)]
     code = compile(ast.Module(body[i - 2 : i + 1], []), "finetune.py", "exec")
+    (log,) = [x for x in body if isinstance(x, ast.For) and "grad_cosine" in ast.unparse(x)]
+    log = compile(ast.Module([log], []), "finetune.py", "exec")
     defaults = {name: getattr(finetune.Args, name) for name in vars(finetune.Args()) if hasattr(finetune.Args, name)}
     m = len(cosines(0))
     space = vars(finetune) | {
@@ -391,13 +393,15 @@ def measure(updates, cosines, **flags):
 
     def update(eta, *batch):
         used.append(eta)
-        return *range(5), None
+        return *range(5), torch.zeros(m)
 
     space |= {"transfer_gradients": transfer_gradients, "update": update}
     for space["updates"] in range(updates):
         before = space["eta"]
         exec(code, space)
-        assert used[-1] is space["eta"] and space["results"] == [*range(5)]  # a new eta counts from its own update on
+        assert used[-1] is space["eta"] and space["results"][:5] == (*range(5),)  # a new eta counts from its update on
+        space["numbers"] = np.array([9.0, *space["results"][5].tolist(), 9.0, 9.0])  # priorities, cosines, loss, norm
+        exec(log, space)
         if space["eta"] is not before:
             changes[space["updates"]] = space["eta"].tolist()
     assert len(used) == updates  # one pass each
