@@ -5,7 +5,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
-# On a CPU that other programs use, OMP_NUM_THREADS=1 is faster: more threads would wait for each other.
+export OMP_NUM_THREADS=1 # on a shared CPU more threads would wait for each other
 SMALL="--channels 16 --blocks 1 --batch-size 8 --num-simulations 8 --unroll-steps 3
   --eval-every 200 --eval-episodes 4 --eval-max-frames 800"
 RUN=runs/quickstart-$(date +%Y%m%d-%H%M%S)
