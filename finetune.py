@@ -866,7 +866,8 @@ if __name__ == "__main__":
     sizes |= {"samples": args.batch_size + m * share, "roots": args.batch_size * (args.unroll_steps + 1)}
     writes_data = args.save_dataset and not os.path.exists(args.save_dataset)
     sizes["disk"] = {args.save_dataset: replay_rows * 1_200} if writes_data else {}  # bytes of a compressed frame
-    run_name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    started = model.of_first(np.array(int(time.time())))  # in seconds; all processes must name the same folder
+    run_name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{started}"
     run_dir = args.run_dir or f"runs/{run_name}"
     on_host = model.check_memory(device, run_dir, net.config, num_simulations=args.num_simulations, **sizes)
     tasks = [load_task(folder, device, on_host) for folder in teachers]
@@ -924,13 +925,8 @@ if __name__ == "__main__":
 
     # TRY NOT TO MODIFY: start the game
     start_time, start_steps = time.time(), env_steps
-    bar = tqdm(
-        total=total_updates,
-        initial=updates,
-        unit="update",
-        dynamic_ncols=True,
-        file=sys.stderr if rank == 0 else sys.stdout,
-    )
+    output = sys.stderr if rank == 0 else sys.stdout  # the others' goes nowhere
+    bar = tqdm(total=total_updates, initial=updates, unit="update", dynamic_ncols=True, file=output)
     with bar, model.stop_if_not_finite(run_dir, bar):
         writer = make_writer(args, run_name, run_dir) if rank == 0 else model.Log(None)
         while True:

@@ -249,14 +249,15 @@ class SearchResult(NamedTuple):
 class Nodes:
     """The network's side of B searches: latent and LSTM state of every node, where the network is. It also asks the
     network for the leaves' values: `evaluate` starts that, `outputs` waits for the answer.
-    record: what wraps the evaluation, which has no arguments and works on the same memory each time; None: nothing.
+    like: latents of the shape and type of those to come. record: what wraps the evaluation, which has no arguments and
+    works on the same memory each time; None: nothing.
     """
 
-    def __init__(self, recurrent, latent, num_actions, num_simulations, lstm_size, record=None):
-        (B, C, H, W), device, pin = latent.shape, latent.device, latent.is_cuda
+    def __init__(self, recurrent, B, like, num_actions, num_simulations, lstm_size, record=None):
+        (C, H, W), device, pin, N = like.shape[1:], like.device, like.is_cuda, num_simulations + 1
         self.recurrent, self.rows = recurrent, torch.arange(B, device=device)
-        self.latents = latent.new_empty((num_simulations + 1) * B, H, W, C)  # [N * B, H, W, C], as channels_last has it
-        self.hs, self.cs = latent.new_empty(2, (num_simulations + 1) * B, lstm_size)  # [N * B, L] each
+        self.latents = like.new_empty(N * B, H, W, C)  # in the order of channels_last
+        self.hs, self.cs = like.new_empty(2, N * B, lstm_size)  # [N * B, L] each
         self.illegal = torch.zeros(B, num_actions, dtype=torch.bool, device=device)
         self.leaf = torch.zeros(4, B, dtype=torch.int64, device=device)  # parent, action, depth, node of each leaf
         self.leaf_on_host = torch.zeros(4, B, dtype=torch.int64, pin_memory=pin)
@@ -266,9 +267,9 @@ class Nodes:
 
     def start(self, latent, illegal):
         """Puts the roots in place: latent [n, C, H, W] and illegal [n, A], n <= B; LSTM states are zeros."""
-        n = len(latent)
+        n, B = len(latent), len(self.rows)
         self.latents[:n], self.illegal[:n] = latent.permute(0, 2, 3, 1), illegal
-        self.hs[: len(self.rows)], self.cs[: len(self.rows)] = 0, 0
+        self.hs[:B], self.cs[:B] = 0, 0
 
     def simulate(self):
         """Gathers the leaves' parents, applies the network, scatters the new states -> `pack_outputs` [B, 2 + A]."""
@@ -344,19 +345,16 @@ def search(recurrent, latent, policy_logits, legal, num_simulations, *, lstm_siz
     if not np.isfinite(prior).all():
         raise FloatingPointError("root: the network's outputs are not finite")
     prior = prior if noise is None else prior * (1 - noise_fraction) + noise * noise_fraction
-    searches = []
+    searches, kept = [], {} if memory is None else memory
     for i, rows in enumerate(np.array_split(np.arange(B), parts)):
-        part = slice(rows[0], rows[-1] + 1)
-        key = None if memory is None else (i, bucket(len(rows)), S)
-        nodes = memory.get(key) if memory else None
-        if nodes is None:
-            like = latent.new_empty(bucket(len(rows)) if key else len(rows), *latent.shape[1:])
-            nodes = Nodes(recurrent, like, A, S, lstm_size, record if key else None)
-            if key:
-                memory[key] = nodes
-        nodes.start(latent[part], illegal[part])
+        part, n = slice(rows[0], rows[-1] + 1), len(rows)
+        key = i, n if memory is None else bucket(n), S
+        if key not in kept:
+            recorder = None if memory is None else record
+            kept[key] = Nodes(recurrent, key[1], latent, A, S, lstm_size, recorder)
+        kept[key].start(latent[part], illegal[part])
         part_seeds = None if seeds is None else seeds[part]
-        searches.append((make_tree(prior[part], legal[part], S, discount=discount, seeds=part_seeds), nodes))
+        searches.append((make_tree(prior[part], legal[part], S, discount=discount, seeds=part_seeds), kept[key]))
     for s in range(S + 1):
         for tree, nodes in searches:
             n = len(tree.roots)

@@ -414,7 +414,7 @@ def any_interrupted(interrupted):
     return bool(total)
 
 
-class Sum(torch.autograd.Function):
+class SumOverProcesses(torch.autograd.Function):
     """The sum over the processes, through which gradients are summed over the processes too."""
 
     @staticmethod
@@ -441,9 +441,9 @@ class SharedBatchNorm(_BatchNorm):
             return super().forward(x)
         dims, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
         W, n = distributed.get_world_size(), x.numel() // x.shape[1]  # each process has n numbers per channel
-        mean = Sum.apply(x.float().mean(dims)) / W
+        mean = SumOverProcesses.apply(x.float().mean(dims)) / W
         centred = x.float() - mean.view(shape)
-        var = Sum.apply(centred.square().mean(dims)) / W
+        var = SumOverProcesses.apply(centred.square().mean(dims)) / W
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

@@ -563,7 +563,8 @@ if __name__ == "__main__":
     # data setup
     metas = [dataset_meta(folder) for folder in args.datasets]
     env_ids = [meta["env_id"] for meta in metas]
-    run_name = f"{'+'.join(env_ids).replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    started = model.of_first(np.array(int(time.time())))  # in seconds; all processes must name the same folder
+    run_name = f"{'+'.join(env_ids).replace('/', '-')}__{args.exp_name}__{args.seed}__{started}"
     run_dir = args.run_dir or f"runs/{run_name}"
     config = model.ModelConfig.of_width(args.channels, args.blocks)
     share = args.batch_size // m
@@ -617,13 +618,8 @@ if __name__ == "__main__":
 
     # TRY NOT TO MODIFY: start the training
     start_time, start_updates = time.time(), updates
-    bar = tqdm(
-        total=args.num_updates,
-        initial=updates,
-        unit="update",
-        dynamic_ncols=True,
-        file=sys.stderr if rank == 0 else sys.stdout,
-    )
+    output = sys.stderr if rank == 0 else sys.stdout  # the others' goes nowhere
+    bar = tqdm(total=args.num_updates, initial=updates, unit="update", dynamic_ncols=True, file=output)
     with bar, model.stop_if_not_finite(run_dir, bar):
         writer = make_writer(args, run_name, run_dir) if rank == 0 else model.Log(None)
         while True:
