@@ -263,7 +263,8 @@ class Nodes:
         self.leaf_on_host = torch.zeros(4, B, dtype=torch.int64, pin_memory=pin)
         self.on_host = torch.empty(B, 2 + num_actions, pin_memory=pin)
         self.ready = torch.cuda.Event() if pin else None
-        self.simulate = record(self.simulate) if record else self.simulate
+        if record:
+            self.simulate = record(self.simulate)
 
     def start(self, latent, illegal):
         """Puts the roots in place: latent [n, C, H, W] and illegal [n, A], n <= B; LSTM states are zeros."""

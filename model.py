@@ -199,6 +199,7 @@ class DynamicsNetwork(nn.Module):
         """latent [B, C, 6, 6], action [B] int64 ALE ids, lstm_state (h, c) each [B, L]
         -> next latent, lstm_state, value prefix logits [B, S]."""
         action_plane = (action.to(latent.dtype) / self.actions).view(-1, 1, 1, 1).expand(-1, 1, 6, 6)
+        action_plane = action_plane.contiguous(memory_format=torch.channels_last)  # so that `cat` keeps the latent's
         x = self.conv(torch.cat([latent, action_plane], dim=1))  # [B, C+1, 6, 6] -> [B, C, 6, 6]
         # The scaling sits before every use of the new latent, the value prefix included: the reference's hook halves
         # the whole gradient that arrives there, so the step-k losses reach the root latent with a factor 0.5^k.
@@ -338,7 +339,7 @@ def upload(array, device):
 def join_processes(cuda):
     """Meets the other processes of torchrun, if any -> (device, rank, W). cuda: whether to use a GPU if there is one.
 
-    All processes but the first print nothing from now on.
+    All processes but the first print nothing but errors from now on.
     """
     use_cuda, rank, W = cuda and torch.cuda.is_available(), 0, 1
     if "LOCAL_RANK" in os.environ:
@@ -1002,6 +1003,7 @@ def check_memory(device, run_dir, config, rows, samples, roots, num_simulations,
             needs |= {"GPU memory": (work, free), "RAM": (rest + data, free_memory())}
     else:
         needs |= {"RAM": (data + work + rest, free_memory())}
+    needs["RAM"] = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * needs["RAM"][0], needs["RAM"][1]  # torchrun's processes
     texts = [f"{needed / 1e6:,.0f} MB of {name} ({free / 1e6:,.0f} free)" for name, (needed, free) in needs.items()]
     where = "; its frames stay in RAM, the GPU has no room for them" if frames_on_host else ""
     print("this run needs about " + ", ".join(texts) + where)

@@ -45,6 +45,7 @@ class Args:
     cases: tuple[str, ...] = ()  # of efficientzero, efficientzero-l, xtra, teacher, student; default: all
     flags: str = ""  # more flags for the scripts; each gets those that it has
     stored_steps: int | None = None  # steps in each replay; default: 20000 on a GPU, 2000 on a CPU, 400 with --quick
+    offline_games: int | None = None  # of xtra and student, 1 to 4; default: 4 on a GPU, 2 on a CPU
     repeats: int | None = None  # blocks to take the median of; default: 5, on a CPU at full size 3
     seed: int = 1  # seed of the runs
     output: str = "speed.csv"  # the table to write
@@ -90,10 +91,10 @@ TIMED = {
     "tree": ["mcts.run_step", "mcts.make_tree"],
     "transfers": ["mcts.Nodes.outputs", "mcts.search", "run_search", "reanalyze"],
     "encoding": ["model.EfficientZeroNet.initial_inference", "model.inference_copy", "model.refresh"],
-    "training": ["unroll_loss", "cloning_loss", "combine_losses", "gradient_cosines", "compute_gradients", "gradients",
-                 "train_step", "model.Recorded.__call__", "model.check_finite", "torch.Tensor.backward",
+    "training": ["unroll_loss", "cloning_loss", "combine_losses", "gradient_cosines", "compute_gradients",
+                 "transfer_gradients", "model.gradients", "model.Recorded.__call__", "model.check_finite",
                  "torch.autograd.grad", "torch.nn.utils.get_total_norm", "torch.nn.utils.clip_grads_with_norm_",
-                 "torch.optim.SGD.step", "torch.optim.SGD.zero_grad"],
+                 "torch.optim.SGD.step"],
     "environment": ["play"],
 }  # fmt: skip
 COLUMNS = {  # of the terminal: key of a row, format
@@ -311,10 +312,12 @@ if __name__ == "__main__":
         script_flags(CASES[name][0], args.flags.split())
     found = machine()
     plan = PLANS["quick" if args.quick else "cpu" if found["gpu"] == "no GPU" else "gpu"]
-    asked = {"stored_steps": args.stored_steps, "repeats": args.repeats}
+    asked = {"stored_steps": args.stored_steps, "repeats": args.repeats, "tasks": args.offline_games}
     plan = plan._replace(**{key: value for key, value in asked.items() if value is not None})
     if plan.stored_steps % 200 or not 400 <= plan.stored_steps <= 90_000:
         raise SystemExit(f"error: --stored-steps is {plan.stored_steps}, expected a multiple of 200 from 400 to 90000")
+    if not 1 <= plan.tasks <= len(GAMES):
+        raise SystemExit(f"error: --offline-games is {plan.tasks}, expected 1 to {len(GAMES)}")
     if not 1 <= plan.repeats <= 20:
         raise SystemExit(f"error: --repeats is {plan.repeats}, expected 1 to 20")
     if not Path(args.output).absolute().parent.is_dir() or Path(args.output).is_dir():
@@ -348,6 +351,7 @@ if __name__ == "__main__":
                 on_its_gpu = "H100" in found["gpu"] or "H200" in found["gpu"]
                 row |= {"of_floor": floor / row["ms"]} if on_its_gpu else {"tflop_per_s": 1e3 * tflop / row["ms"]}
             settings = {"stored_steps": plan.stored_steps, "repeats": plan.repeats, "block": plan.block}
+            settings["offline_games"] = plan.tasks if name in ("xtra", "student") else 0
             rows.append(row | settings | {"flags": args.flags, "seed": args.seed} | found)
     print_table(rows)
     print(

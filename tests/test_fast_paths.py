@@ -2,10 +2,12 @@
 copies refreshed in place, CUDA graphs, and several processes. Each is compared with the plain way."""
 
 import copy
+import gc
 import os
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +150,16 @@ def test_searches_of_other_lengths_do_not_share_memory():
     assert len(memory) == 2
 
 
+def test_a_search_leaves_nothing_behind(monkeypatch):
+    """A circle of references would hold its memory, gigabytes at full size, until the garbage collector comes by."""
+    made, nodes = [], mcts.Nodes
+    monkeypatch.setattr(mcts, "Nodes", lambda *args: made.append(weakref.ref(x := nodes(*args))) or x)
+    gc.disable()
+    search_roots(network(5), 6, 0)
+    gc.enable()
+    assert len(made) == 1 and made[0]() is None
+
+
 def test_buckets_hold_their_roots_and_waste_less_than_half():
     sizes = [mcts.bucket(n) for n in range(1, 2000)]
     assert all(n <= size for n, size in enumerate(sizes, 1)) and sizes == sorted(sizes)
@@ -256,44 +268,54 @@ def test_a_copy_is_refreshed_where_it_lies():
 
 
 @needs_cuda
-def test_a_recorded_update_is_the_update():
-    """A graph that read an old batch, or old weights, would give the gradients of another one."""
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("m", [0, 2])
+def test_a_recorded_update_is_the_update(m, compiled):
+    """A graph that read an old batch, old weights or an old eta would give other gradients; so would one whose memory
+    an ordinary pass between two replays, as it measures the cosines, has overwritten."""
     nets = [tiny_net().cuda().to(memory_format=torch.channels_last) for _ in range(2)]
     parameters = [list(net.parameters()) for net in nets]
     deterministic, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
+    torch._dynamo.reset()
+    fast = torch.compile(finetune.unroll_loss) if compiled else finetune.unroll_loss
 
-    def update(*tensors):
-        batch = pretrain_teacher.Batch(*tensors)
-        return pretrain_teacher.compute_gradients(nets[0], parameters[0], batch, pretrain_teacher.unroll_loss)
+    def gradients(i, loss_function, measure, eta, *tensors):
+        settings = loss_function, False, m, 2 if m else 0, measure
+        return finetune.transfer_gradients(nets[i], parameters[i], finetune.Batch(*tensors), eta, *settings)
 
-    recorded, losses = model.Recorded(update), []
-    for seed in range(5):
+    recorded, losses = model.Recorded(lambda *tensors: gradients(0, fast, False, *tensors)), []
+    for seed in range(6):
         batch = pretrain_teacher.Batch(*[x.cuda() for x in some_batch(8, 2, seed)])
-        expected = pretrain_teacher.compute_gradients(nets[1], parameters[1], batch, pretrain_teacher.unroll_loss)
-        loss, norm, terms, priority, gradients = recorded(*batch)
-        torch.testing.assert_close(loss, expected[0], rtol=1e-2, atol=1e-3)
-        torch.testing.assert_close(norm, expected[1], rtol=3e-2, atol=1e-3)
-        torch.testing.assert_close(priority, expected[3], rtol=1e-2, atol=1e-2)
-        torch.testing.assert_close(terms, expected[2], rtol=1e-2, atol=1e-2)
-        for x, y in zip(gradients, expected[4], strict=True):
-            assert (x - y).norm() <= 0.05 * y.norm() + 1e-3 * expected[1]
+        eta = torch.rand(m, generator=torch.Generator().manual_seed(seed)).cuda()
+        loss, norm, terms, priority, found, _ = recorded(eta, *batch)
+        loss2, norm2, terms2, priority2, expected, _ = gradients(1, finetune.unroll_loss, False, eta, *batch)
+        torch.testing.assert_close(loss, loss2, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(norm, norm2, rtol=3e-2, atol=1e-3)
+        torch.testing.assert_close(priority, priority2, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(terms, terms2, rtol=1e-2, atol=1e-2)
+        for x, y in zip(found, expected, strict=True):
+            assert (x - y).norm() <= 0.05 * y.norm() + 1e-3 * norm2
         losses.append(loss.item())
         with torch.no_grad():  # the weights move where they lie, as the optimizer moves them
-            for mine, gradient, place in zip(parameters[1], expected[4], parameters[0], strict=True):
-                mine -= 0.01 * gradient
-                place.copy_(mine)
+            for parameter, gradient in zip(parameters[1], expected, strict=True):
+                parameter -= 0.01 * gradient
         nets[0].load_state_dict(nets[1].state_dict())
-    assert recorded.graph is not None and len(set(losses)) == 5
+        if m and seed >= 3:
+            measured = [gradients(i, finetune.unroll_loss, True, eta, *batch)[-1] for i in range(2)]
+            torch.testing.assert_close(*measured, rtol=0.05, atol=0.02)
+            assert measured[0].abs().min() > 0
+    assert recorded.graph is not None and len(set(losses)) == 6
     torch.backends.cudnn.deterministic = deterministic
 
 
 @needs_cuda
-def test_searches_in_kept_memory_follow_the_network():
+@pytest.mark.parametrize(("parts", "sizes"), [(1, (40, 40, 33, 40, 37)), (2, (600, 600, 520, 600, 555))])
+def test_searches_in_kept_memory_follow_the_network(parts, sizes):
     """Recorded kernels must read the weights, roots and legal actions of today. Rounding in bf16 depends on the number
     of rows, so a few visits may differ; those of another network differ in most."""
     frozen, legal = inference_copy(tiny_net().cuda(), keep_memory=True), np.arange(18) % 2 == 0
     visits = []
-    for seed, n in enumerate((40, 40, 33, 40, 37)):
+    for seed, n in enumerate(sizes):
         net = tiny_net(seed).cuda()
         refresh(frozen, net)
         obs = torch.randint(256, (n + 3, 12, 96, 96), dtype=torch.uint8, device="cuda")  # the last 3 are only valued
@@ -306,7 +328,8 @@ def test_searches_in_kept_memory_follow_the_network():
         assert (kept.visits.sum(1) == 20).all() and not kept.visits[:, ~legal].any()
         assert np.abs(kept.visits - plain.visits).sum(1).mean() < 4  # of at most 40
         visits.append(kept.visits.mean(0))
-    assert len(frozen.memory) == 1 and next(iter(frozen.memory.values())).simulate.graph is not None
+    assert len(frozen.memory) == parts
+    assert all(nodes.simulate.graph is not None for nodes in frozen.memory.values())
     assert len(np.unique(visits, axis=0)) == 5
 
 
@@ -321,7 +344,8 @@ def test_frames_on_the_host_give_the_same_batch():
         policy, value = rng.dirichlet(np.ones(18), (4, 4)), rng.normal(size=(4, 4))
         batches.append(pretrain_teacher.make_batch(replay, targets, policy, value, np.ones(4), rng, generator))
         stacks = pretrain_teacher.stack_frames(replay, np.array([0, 7, 20]))
-        assert stacks.is_cuda and torch.equal(stacks.cpu(), pretrain_teacher.stack_frames(some_replay(), [0, 7, 20]))
+        plain = pretrain_teacher.stack_frames(some_replay(), np.array([0, 7, 20]))
+        assert stacks.is_cuda and torch.equal(stacks.cpu(), plain)
     for name, x, y in zip(pretrain_teacher.Batch._fields, *batches, strict=True):
         assert x.is_cuda and torch.equal(x, y), name
 

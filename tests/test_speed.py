@@ -22,7 +22,8 @@ def speed(*flags):
 
 def test_each_case_is_a_row_whose_times_add_up(tmp_path):
     cases = ["xtra", "student"]
-    done = speed("--cases", *cases, "--repeats", "1", f"--flags={TINY}", "--output", str(tmp_path / "speed.csv"))
+    options = ["--repeats", "1", "--offline-games", "1", f"--flags={TINY}", "--output", str(tmp_path / "speed.csv")]
+    done = speed("--cases", *cases, *options)
     assert done.returncode == 0, done.stderr[-2000:]
     with open(tmp_path / "speed.csv") as file:
         rows = {row["case"]: row for row in csv.DictReader(file)}
@@ -31,6 +32,7 @@ def test_each_case_is_a_row_whose_times_add_up(tmp_path):
     for case, row in rows.items():
         assert any(line.split()[:2] == [case, "1x8"] for line in lines)  # in the terminal too
         assert row["batch_size"] == "4" and row["flags"] == TINY and row["seed"] == "1"
+        assert row["offline_games"] == "1" and "collecting 400 random steps of Phoenix\n" in done.stdout
         times = {category: float(row[category]) for category in CATEGORIES}
         assert min(times.values()) >= 0 and times["training"] > 0 and times["sampling"] > 0
         assert sum(times.values()) == pytest.approx(float(row["ms"]))  # on a CPU the same block gives both
@@ -47,6 +49,7 @@ def test_each_case_is_a_row_whose_times_add_up(tmp_path):
     {
         "error: --cases has xtr, expected some of efficientzero, ": ["--cases", "xtr"],
         "error: --stored-steps is 300, expected ": ["--stored-steps", "300"],
+        "error: --offline-games is 5, expected 1 to 4": ["--offline-games", "5"],
         "error: --output missing/speed.csv cannot be written": ["--output", "missing/speed.csv"],
         "error: --flags has --chanels, expected ": ["--flags=--chanels 8"],
     }.items(),
