@@ -1,6 +1,6 @@
 """How long an update takes, and where its time goes: a table in the terminal, and a CSV.
 
-    python benchmark/speed.py                     # every stage at full size: minutes on a GPU, an hour on a CPU
+    python benchmark/speed.py                     # every stage at full size; 15 minutes on two cores
     python benchmark/speed.py --quick             # toy networks, for a CPU: two minutes
     python benchmark/speed.py --cases xtra --flags="--num-simulations 25"
 
@@ -357,9 +357,12 @@ if __name__ == "__main__":
     print(
         "\nms: of an update. eval: 32 games of 1,000 steps every 10,000 updates. hours: ms and eval, 100,000 updates."
     )
-    print("floor: counted ms on one H100 / ms. RAM, GPU: peak. Writing checkpoints is not counted.")
+    print("floor: ms on one H100, counted for an update that searches all states of its batch, / ms; TFLOP/s likewise.")
+    print("The more steps are stored, the fewer searches are in the cache. RAM, GPU: peak. No checkpoint is written.")
     if plan.block < 200:
         print("Blocks this short begin with no cached search: searching costs more than in a long run.")
+    if plan.block < 8:
+        print("They are shorter than the 8 updates of one self-play search.")
     print("{cpu}, {cores} cores, {gpu}, torch {torch}, {date}".format(**found))
     keys = dict.fromkeys(key for row in rows for key in row)
     with open(args.output, "w", newline="") as file:
