@@ -375,7 +375,7 @@ def test_twenty_kills_of_every_script(tmp_path, games):
 def test_the_checkpoint_of_a_full_run_is_the_networks_and_a_few_megabytes(tmp_path, blocks):
     """After 100,000 steps at full width; prints its size and how long training waits for it."""
     net = model.EfficientZeroNet(model.ModelConfig.of_width(64, blocks))
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True)
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -389,7 +389,7 @@ def test_the_checkpoint_of_a_full_run_is_the_networks_and_a_few_megabytes(tmp_pa
         seconds = []
         for _ in range(5):
             begin = time.time()
-            model.save_checkpoint(str(tmp_path), Args(), [], parts, [replay], version, actions)
+            model.save_checkpoint(str(tmp_path), model.Log(None), Args(), [], parts, [replay], version, actions)
             seconds.append(time.time() - begin)
         size = (tmp_path / "checkpoint.pt").stat().st_size
         print(f"blocks {blocks}, {name}: {size / 1e6:.0f} MB, {sorted(seconds)[2]:.2f} s")
