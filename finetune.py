@@ -982,6 +982,7 @@ if __name__ == "__main__":
 
                 # TRY NOT TO MODIFY: execute the game and log data.
                 env_steps = play(envs, replay, games, action, env_steps, args.total_timesteps, has_lives)
+                # One draw of rows serves all processes of torchrun: other frames under them would go unnoticed.
                 shown = np.frombuffer(games.checksum.digest(), np.uint8)
                 if (model.of_first(shown) != shown).any():
                     raise SystemExit(f"error: --env-id {args.env_id} does not follow its seed; run it without torchrun")
