@@ -8,79 +8,168 @@ Tasks are sampled uniformly; policies and values are the teachers', stored once 
 training; value prefix and consistency come from the data. `--policy-target actions` trains the behaviour-cloning
 baseline of Table 1 instead: cross-entropy on the dataset's actions, acted on without a search.
 
-Letters: B batch, m tasks, K unroll steps, A actions (the 18 ALE ids), R rows of the replay, E environments.
+Letters: B batch, m games, K unroll steps, A actions (the 18 ALE ids), R rows of the replay, E updates of a cycle.
 The x-axis is updates; there are no environment steps outside evaluation.
 """
 
+import functools
+import hashlib
 import os
-import sys
-
-# Asleep the tree's threads leave the CPU to others while the GPU works; where torch computes on the CPU it costs 2.8x.
-if os.path.exists("/proc/driver/nvidia") and "--no-cuda" not in sys.argv:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read as torch loads
-
 import re
-import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from dataclasses import field as group
+from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 import ale_py  # noqa: F401  (importing it registers the games with Gymnasium)
 import gymnasium as gym
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 import tyro
 import zstandard
 from ale_py.vector_env import AtariVectorEnv
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import mcts
 import model
 
-ON_GPU = torch.cuda.is_available() and "--no-cuda" not in sys.argv
 
-
+# Copied from pretrain_teacher.py
 @dataclass
-class Args:
+class Run:
     exp_name: str = os.path.basename(__file__)[: -len(".py")]  # the name of this experiment
-    seed: int = 1  # seed of the experiment
-    torch_deterministic: bool = True  # whether cuDNN may only use deterministic algorithms
-    cuda: bool = True  # whether to use the GPU; a machine without one runs on the CPU
+    run_dir: str | None = None  # the folder to write; default runs/{env_id}__{exp_name}__{seed}__{time}
+    resume: bool = False  # whether to go on from the checkpoint in --run-dir; where there is none, the run starts
+    checkpoint_every: int = 1_000  # updates between checkpoints; each evaluation writes one too
     track: bool = False  # whether to mirror the logs to Weights and Biases
     wandb_project_name: str = "xtra"  # the W&B project
     wandb_entity: str | None = None  # the W&B entity (team)
-    run_dir: str | None = None  # the folder to write; default runs/{env_id}__{exp_name}__{seed}__{time}
-    resume: bool = False  # whether to go on from the checkpoint in --run-dir; where there is none, the run starts
-    checkpoint_every: int = 1_000  # updates between checkpoints; each evaluation and each interruption writes one too
-    compile: bool = ON_GPU  # whether torch.compile fuses the loss; not under torchrun
-    cudagraphs: bool = ON_GPU  # whether a GPU launches recorded kernels; not under torchrun
+    cuda: bool = True  # whether to use the GPU; a machine without one runs on the CPU
+    torch_deterministic: bool = True  # whether cuDNN may only use deterministic algorithms
+    compile: bool = True  # whether torch.compile fuses the loss, on a GPU
+    cudagraphs: bool = True  # whether kernels are recorded once and then replayed, on a GPU
 
-    # Algorithm specific arguments
-    teachers: tuple[str, ...] = ()  # run folders of pretrain_teacher.py, one per game
-    policy_target: Literal["teacher", "actions"] = "teacher"  # the teachers' search policies, or behaviour cloning
-    num_updates: int = 100_000  # gradient updates (not in the paper: our choice)
-    channels: int = 64  # channels of the latent; LSTM and projector scale with them
-    blocks: int = 4  # residual blocks per group of the representation network (1: EfficientZero; 4: -L and XTRA)
-    batch_size: int = 256  # samples per update, shared evenly among the teachers
-    learning_rate: float = 0.2  # learning rate of SGD after its warm-up over 1 % of the updates
-    num_simulations: int = 50  # simulations of a search (evaluation only; behaviour cloning uses none)
-    unroll_steps: int = 5  # steps that the model is unrolled in training
+
+# Copied from pretrain_teacher.py
+@dataclass
+class Optimizer:
+    learning_rate: float = 0.2  # of SGD, after a warm-up over 1 % of the run
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 1e-4  # of SGD, on all parameters
+    max_grad_norm: float = 5.0  # the gradient of an update is scaled down to this norm
+
+
+# Copied from pretrain_teacher.py
+@dataclass
+class Loss:
+    value_prefix_coef: float = 1.0  # weight of the value prefix, the sum of rewards that the model g predicts
+    policy_coef: float = 1.0  # weight of the policy, which the prediction network f learns from searches
+    value_coef: float = 0.25  # weight of the value, which f predicts too
+    consistency_coef: float = 2.0  # weight of the likeness of latents predicted by g and encoded by h
+
+
+# Copied from pretrain_teacher.py
+@dataclass
+class Targets:
+    gamma: float = 0.997**4  # discount per environment step of 4 frames, in targets and searches
+    unroll_steps: int = 5  # K, steps that the model is unrolled in training
     td_steps: int = 5  # rewards before the bootstrap in a value target
+    clip_rewards: bool = True  # whether rewards are learned by their sign
+
+
+# Copied from pretrain_teacher.py
+@dataclass
+class Priorities:
+    priority_exponent: float = 0.6  # rows are drawn in proportion to priority to this power
+    priority_beta: float = 0.4  # exponent of the importance weights at the start; 1 at 120 % of the run
+
+
+# Copied from pretrain_teacher.py
+@dataclass
+class Evaluation:
     eval_every: int = 10_000  # updates between evaluations
     eval_episodes: int = 32  # games of an evaluation, played side by side
     eval_max_frames: int = 108_000  # length at which an evaluation game is cut, in frames (1 step = 4 frames)
 
 
+@dataclass
+class Args:
+    teachers: tuple[str, ...] = ()  # run folders of pretrain_teacher.py, one per game
+    policy_target: Literal["teacher", "actions"] = "teacher"  # the teachers' search policies, or behaviour cloning
+    seed: int = 1  # seed of the experiment
+    num_updates: int = 100_000  # gradient updates (not in the paper: our choice)
+    cycle: int = 8  # E, updates whose batches are drawn at once
+    batch_size: int = 256  # samples per update, shared evenly among the teachers
+    channels: int = 64  # channels of the latent; LSTM and projector scale with them
+    blocks: int = 4  # residual blocks per group of the representation network h (1: EfficientZero; 4: -L and XTRA)
+    num_simulations: int = 50  # simulations of a search (evaluation only; behaviour cloning uses none)
+    c_init: float = 1.25  # weight of the prior against the values in a search
+    optimizer: Optimizer = group(default_factory=Optimizer)
+    loss: Loss = group(default_factory=Loss)
+    targets: Targets = group(default_factory=Targets)
+    priorities: Priorities = group(default_factory=Priorities)
+    evaluation: Evaluation = group(default_factory=Evaluation)
+    run: Run = group(default_factory=Run)
+
+
+MAY_CHANGE = {*vars(Run()), "teachers"}  # on --resume; the content of the datasets is compared
+
+
 # Copied from pretrain_teacher.py
-def make_writer(args, run_name, run_dir):
-    """TensorBoard in the run folder, written at each `flush`; with --track, W&B mirrors it."""
+def flat(args):
+    """All flags in one namespace, in whatever group of --help they stand: --gamma is args.gamma."""
+    flags = {}
+    for name, value in vars(args).items():
+        flags |= vars(value) if is_dataclass(value) else {name: value}
+    return SimpleNamespace(**flags)
+
+
+# Copied from pretrain_teacher.py
+def check_args(args, may_be_zero):
+    """Exits with one line if a number is negative, or zero where that makes no sense."""
+    for name, value in vars(args).items():
+        lowest = 0 if name in may_be_zero or isinstance(value, float) else 1
+        lowest = {"similarity_threshold": -1, "batch_size": 2, "channels": 2}.get(name, lowest)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not lowest <= value < float("inf"):
+            raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {lowest} or more")
+    if args.resume and not args.run_dir:
+        raise SystemExit("error: --resume needs the --run-dir that it is to continue; give both")
+
+
+# Copied from pretrain_teacher.py
+def choose_device(args):
+    """The GPU, or the CPU with the reason why; says so, and what that means for the speed. `args` gets what is used."""
+    missing = "this PyTorch is built for CPUs" if torch.version.cuda is None else "no NVIDIA GPU or no driver for it"
+    reason = missing if args.cuda else "--no-cuda"
+    args.cuda = args.cuda and torch.cuda.is_available()
+    args.compile = args.compile and args.cuda
+    args.cudagraphs = args.cudagraphs and args.cuda
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    if args.cuda:
+        loss = "compiled" if args.compile else "not compiled"
+        kernels = "recorded" if args.cudagraphs else "not recorded"
+        print(f"device: {torch.cuda.get_device_name()}, bfloat16; the loss is {loss}, kernels are {kernels}")
+        return torch.device("cuda")
+    print(f"device: CPU, float32; nothing is compiled or recorded ({reason})")
+    if args.channels * args.batch_size >= 64 * 256:
+        print("an update of this size takes 10 to 80 s on two cores; benchmark/quickstart.sh has settings for a CPU")
+    return torch.device("cpu")
+
+
+# Copied from pretrain_teacher.py
+def make_writer(args, run_name, run_dir, updates):
+    """TensorBoard in the run folder; what an earlier process logged from `updates` on is dropped by its readers."""
     if args.track:
         import wandb
 
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_name}
         wandb.init(**names, sync_tensorboard=True, config=vars(args), save_code=True)
-    writer = model.Log(run_dir)
+    writer = SummaryWriter(run_dir, purge_step=updates)
     table = "".join(f"|{key}|{value}|\n" for key, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     return writer
@@ -98,9 +187,8 @@ def atari_rom(env_id):
         return None
     spec = gym.registry.get(f"ALE/{match[1]}-v5")
     if spec is None:
-        raise SystemExit(
-            f"error: --env-id {env_id}: ale-py has no game {match[1]}; expected as in MsPacmanNoFrameskip-v4"
-        )
+        expected = "expected as in MsPacmanNoFrameskip-v4"
+        raise SystemExit(f"error: --env-id {env_id}: ale-py has no game {match[1]}; {expected}")
     return spec.kwargs["game"]
 
 
@@ -113,18 +201,30 @@ def make_envs(env_id, num_envs, *, life_loss_ends):
     returns the first frame of a new game. life_loss_ends: a lost life is `terminated` too, and the game goes on.
     """
     if rom := atari_rom(env_id):
-        screen = {"img_height": 96, "img_width": 96, "grayscale": False, "stack_num": 1, "frameskip": 4}
-        off = {"repeat_action_probability": 0.0, "reward_clipping": False, "use_fire_reset": False}
-        # 0 to 30 no-ops start a game. `episodic_life=True` would restart the whole game at each lost life.
-        lives = {"noop_max": 31, "life_loss_info": life_loss_ends, "max_num_frames_per_episode": 108_000}
-        full = {"full_action_space": True, "num_threads": min(num_envs, os.cpu_count() or 1)}
-        return AtariVectorEnv(rom, num_envs, **screen, **off, **lives, **full)
+        return AtariVectorEnv(
+            rom,
+            num_envs,
+            num_threads=min(num_envs, os.cpu_count() or 1),
+            img_height=96,
+            img_width=96,
+            grayscale=False,
+            stack_num=1,
+            frameskip=4,
+            noop_max=31,  # 0 to 30 no-ops start a game
+            repeat_action_probability=0.0,
+            full_action_space=True,
+            use_fire_reset=False,
+            reward_clipping=False,
+            life_loss_info=life_loss_ends,  # `episodic_life=True` would restart the whole game at each lost life
+            max_num_frames_per_episode=108_000,
+        )
     try:
         envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync")
     except (gym.error.Error, ImportError) as error:
         expected = "expected <Game>NoFrameskip-v4, or module:Env-v0 with the module's folder on PYTHONPATH"
         raise SystemExit(f"error: --env-id {env_id}: {' '.join(str(error).split())}; {expected}") from None
-    obs, actions = envs.single_observation_space, envs.single_action_space
+    obs = envs.single_observation_space
+    actions = envs.single_action_space
     fits = obs.shape == (96, 96, 3) and obs.dtype == np.uint8 and isinstance(actions, gym.spaces.Discrete)
     if not fits or actions.start != 0 or actions.n > 18:
         found = " ".join(f"{obs} and {actions}".split())
@@ -149,238 +249,186 @@ LIFE_LOST, GAME_OVER, TIME_LIMIT = 1, 2, 3  # what `Replay.end` says of an episo
 
 # Copied from pretrain_teacher.py
 class Replay:
-    """Flat arrays with one row per frame; E environments side by side.
+    """Flat arrays with one row per frame, for all games. What one environment shows is a stream: row i holds frame o_t
+    and row i + 1 holds o_t+1. A row that was not acted on holds the last frame of a game, or of its stream.
 
-    Row i holds frame o_t, the action a_t taken on it, the raw reward, and how the episode ended there if it did. Row
-    i + E holds o_t+1. A row that was not acted on holds the last frame of a game, or the newest frame of its stream.
+    Every state has a policy and a value, its targets. Who writes them is what distinguishes the three scripts.
     """
 
-    def __init__(self, rows, num_envs, device, frames_on_host=False):
-        self.num_envs, self.size, self.device = num_envs, 0, torch.device(device)
-        place = "cpu" if frames_on_host else device  # what is gathered goes to `device` in any case
-        self.frames = torch.zeros(rows, 3, 96, 96, dtype=torch.uint8, device=place)  # [R, 3, 96, 96] taken at once
-        self.action = np.zeros(rows, np.int64)  # [R] ALE ids
-        self.reward = np.zeros(rows, np.float32)  # [R] raw: clipped where targets are made
-        self.acted = np.zeros(rows, bool)  # [R]
-        self.end = np.zeros(rows, np.uint8)  # [R] 0, LIFE_LOST, GAME_OVER or TIME_LIMIT
-        self.age = np.zeros(rows, np.int64)  # [R] environment steps since the episode's first frame
-        self.stored_at = np.zeros(rows, np.int64)  # [R] environment steps stored before this one
+    def __init__(self, rows, device="cpu"):
+        self.frames = torch.zeros(rows, 3, 96, 96, dtype=torch.uint8, device=device)  # [R, 3, 96, 96] o_t
+        self.action = np.zeros(rows, np.int64)  # [R] a_t, an ALE id
+        self.reward = np.zeros(rows, np.float32)  # [R] of a_t, raw: clipped where targets are made
+        self.acted = np.zeros(rows, bool)  # [R] whether a_t was taken
+        self.end = np.zeros(rows, np.uint8)  # [R] 0, or how a_t ended the episode: LIFE_LOST, GAME_OVER, TIME_LIMIT
+        self.age = np.zeros(rows, np.int64)  # [R] t, environment steps since the episode's first frame
+        self.stored_at = np.zeros(rows, np.int64)  # [R] environment steps of the run when a_t was taken
         self.priority = np.zeros(rows)  # [R] 0 where not acted
-        self.policy = np.zeros((rows, 18), np.float32)  # [R, A] visit distribution of the latest search of this state
-        self.value = np.zeros(rows, np.float32)  # [R] value head, of the same network
-        self.policy_version = np.zeros(rows, np.int64)  # [R] which target network they come from, counted from 1
-        self.value_version = np.zeros(rows, np.int64)  # [R]
+        self.policy = np.zeros((rows, 18), np.float32)  # [R, A] visits / S of the latest search of o_t
+        self.value = np.zeros(rows, np.float32)  # [R] value of o_t, of the same network
+        self.turn = np.zeros(rows, np.int64)  # [R] number of that search; 0: never searched
 
 
 # Copied from pretrain_teacher.py
-def dataset_meta(folder):
-    """The meta.json of a dataset folder, whose files are all there and undamaged; exits with one line if not."""
-    fields = {"rows": int, "env_steps": int, "env_id": str, "settings": dict}
-    meta = model.load_manifest(f"{folder}/meta.json", "xtra-dataset-1", fields, ["frames", "steps.npz"])
-    settings = {name: value for name, value in meta["settings"].items() if name != "num_envs"}
-    if settings != {"frame": [96, 96, 3], "frameskip": 4, "sticky_actions": 0.0} or not 1 <= meta["rows"] <= 10**9:
-        found = f"{str(meta['rows'])[:20]} rows of {str(settings)[:200]}"
-        raise SystemExit(f"error: {folder} has {found}, expected 96x96x3 and frameskip 4; collect it again")
-    return meta
-
-
-# Copied from pretrain_teacher.py
-def load_dataset(folder, device, frames_on_host=False):
-    """Reads a dataset folder (docs/finetune.md, "Datasets") -> (Replay with E = 1 and priorities 1, its meta.json).
-
-    Exits with one line if the folder is missing, damaged, of another format version or of other environment settings.
-    """
-    path, meta = f"{folder}/frames", dataset_meta(folder)
-    R, chunks = meta["rows"], -(-meta["rows"] // 8)
-    flags = dict.fromkeys(("acted", "life_lost", "terminated", "truncated"), (bool, (R,)))
-    fields = {"chunk_offsets": (np.int64, (chunks + 1,)), "action": (np.uint8, (R,)), "reward": (np.float32, (R,))}
-    steps = model.load_arrays(f"{folder}/steps.npz", fields | flags)
-    offsets = steps["chunk_offsets"]
-    fits = offsets[0] == 0 and offsets[-1] == os.path.getsize(path) and (offsets[1:] > offsets[:-1]).all()
-    if not fits or steps["action"].max() >= 18 or not np.isfinite(steps["reward"]).all():
-        raise SystemExit(
-            f"error: {folder}/steps.npz has offsets, actions or rewards out of range; make the folder again"
-        )
-    replay = Replay(R, 1, device, frames_on_host)
-    replay.size = R
-    decompressor = zstandard.ZstdDecompressor()
-    with open(path, "rb") as file:
-        for start, size in zip(
-            range(0, R, 8), np.diff(offsets).tolist(), strict=True
-        ):  # 8 frames a chunk, channel last
-            data, n = file.read(size), min(8, R - start)
-            try:
-                if zstandard.frame_content_size(data) != n * 96 * 96 * 3:
-                    raise zstandard.ZstdError(f"chunk {start // 8} has another size than {n} frames")
-                chunk = np.frombuffer(decompressor.decompress(data), np.uint8).reshape(n, 96, 96, 3)
-            except (zstandard.ZstdError, ValueError) as error:
-                raise SystemExit(f"error: {path} cannot be unpacked ({error}); make the folder again") from None
-            replay.frames[start : start + n] = torch.tensor(chunk).permute(0, 3, 1, 2)
-    replay.action[:], replay.reward[:], replay.acted[:] = steps["action"], steps["reward"], steps["acted"]
-    replay.end[:] = LIFE_LOST * steps["life_lost"] + GAME_OVER * steps["terminated"] + TIME_LIMIT * steps["truncated"]
-    starts = np.ones(R, bool)  # an episode starts after an end or after a row that was not acted on
-    starts[1:] = (replay.end[:-1] > 0) & replay.acted[1:] | ~replay.acted[:-1]
-    rows = np.arange(R)
-    replay.age[:] = rows - np.maximum.accumulate(np.where(starts, rows, 0))
-    replay.priority[:] = replay.acted
-    return replay, meta
-
-
-class Task(NamedTuple):
-    """An offline game: its data and its teacher's answers."""
-
+class Game(NamedTuple):
     env_id: str
-    score: float  # the teacher's mean evaluation return
-    replay: Replay  # its policy and value are the teacher's
+    rows: slice  # of the replay
+    legal: np.ndarray  # [A] bool
 
 
-def targets_meta(folder):
-    """The targets.json of a teacher's run folder, whose files are there and undamaged; exits with one line if not."""
-    fields = {"rows": int, "num_simulations": int, "dataset": str}
-    files = ["model.pt", "targets.npz", "{dataset}/meta.json"]
-    meta = model.load_manifest(f"{folder}/targets.json", "xtra-targets-1", fields, files)
-    if meta["rows"] < 1 or not 1 <= meta["num_simulations"] < 2**16:
-        raise SystemExit(
-            f"error: {folder}/targets.json has rows or num_simulations out of range; run the teacher again"
-        )
-    return meta
+# Copied from pretrain_teacher.py
+def read_dataset(path):
+    """Reads what `save_dataset` wrote -> dict of its arrays, frames still compressed, and `checksum` of them.
 
-
-def load_task(folder, device, frames_on_host=False):
-    """Reads a run folder of pretrain_teacher.py and the dataset that it names -> Task.
-
-    Exits with one line if something is missing or damaged, or if teacher and dataset do not belong together.
+    Exits with one line if the file is missing, damaged or something else (docs/finetune.md, "Datasets").
     """
-    meta = targets_meta(folder)
-    dataset = os.path.join(folder, meta["dataset"])
-    rows = meta["rows"]
-    arrays = {"visits": (np.uint16, (rows, 18)), "value": (np.float32, (rows,))}
-    arrays = model.load_arrays(f"{folder}/targets.npz", arrays)
-    replay, data = load_dataset(dataset, device, frames_on_host)
-    env_id = data["env_id"]
-    scores = model.load_model(f"{folder}/model.pt")[1]["counters"].get("scores")
-    score = scores.get(env_id) if isinstance(scores, dict) else None
-    searched = (arrays["visits"].sum(axis=1, dtype=np.int64) == meta["num_simulations"]).all()
-    if replay.size != rows or type(score) is not float or not (searched and np.isfinite(arrays["value"]).all()):
-        raise SystemExit(f"error: {folder} does not fit its dataset {dataset} ({env_id}); run the teacher again")
-    replay.policy[:] = arrays["visits"] / meta["num_simulations"]
-    replay.value[:] = arrays["value"]
-    return Task(env_id, score, replay)
+    data = model.load_file(path)
+    by_row = ("action", "reward", "acted", "end")
+    names = {"env_id", "frames", "chunk_ends", *by_row}
+    if not names <= data.keys():
+        raise SystemExit(f"error: {path} has no {', '.join(sorted(names - data.keys()))}; give a dataset")
+    data["env_id"] = str(data["env_id"])
+    R = len(data["action"])
+    last_frames = (data["end"][:-1] >= GAME_OVER) <= ~data["acted"][1:]
+    problems = {
+        "its arrays have not one entry per frame": {len(data[name]) for name in by_row} != {R} or R == 0,
+        "its chunks are not of 8 frames": len(data["chunk_ends"]) != -(-R // 8),
+        "actions are not ALE ids, 0 to 17": (data["action"] >= 18).any(),
+        "rewards are not finite": not np.isfinite(data["reward"]).all(),
+        "a game's last frame is missing (a row with acted = False after its end)": not last_frames.all(),
+    }
+    for problem, found in problems.items():
+        if found:
+            raise SystemExit(f"error: dataset {path}: {problem}; write it with save_dataset of finetune.py")
+    data["checksum"] = hashlib.sha256(b"".join(data[name].tobytes() for name in ("frames", *by_row))).hexdigest()
+    return data
+
+
+def read_teacher(folder):
+    """A run folder of pretrain_teacher.py -> the dict of its dataset, with the teacher's `policy`, `value` and `score`.
+
+    Exits with one line if something is missing or damaged, or if the dataset is not the one that the teacher answered.
+    """
+    answers = model.load_file(f"{folder}/targets.npz")
+    path = os.path.normpath(os.path.join(os.path.realpath(folder), str(answers["dataset"])))
+    data = read_dataset(path)
+    if data["checksum"] != str(answers["checksum"]):
+        raise SystemExit(f"error: {folder} has answers to other data than {path}; run the teacher again")
+    return data | {"policy": answers["policy"], "value": answers["value"], "score": float(answers["score"])}
 
 
 # Copied from pretrain_teacher.py
-def gather_frames(replay, rows):
-    """The frames of `rows`, numpy [n, J] -> uint8 [n, J, 3, 96, 96] on the replay's device. Waits for no GPU."""
-    index = model.upload(rows.ravel(), replay.frames.device)
-    if replay.frames.is_cuda or replay.device.type == "cpu":
-        frames = replay.frames.index_select(0, index)  # [n * J, 3, 96, 96]
-    else:
-        pinned = torch.empty(len(index), 3, 96, 96, dtype=torch.uint8, pin_memory=True)
-        frames = torch.index_select(replay.frames, 0, index, out=pinned).to(replay.device, non_blocking=True)
-    return frames.view(*rows.shape, 3, 96, 96)
+def make_replay(datasets, extra_rows, device):
+    """One replay for all games: the rows of each dataset, then `extra_rows` empty ones -> Replay, Game of each dataset.
+
+    Frames lie on the GPU if it has room, else in RAM. Exits with one line if they fit neither.
+    """
+    lengths = [len(data["action"]) for data in datasets]
+    num_bytes = (sum(lengths) + extra_rows) * 3 * 96 * 96
+    if device.type == "cuda" and num_bytes > 0.7 * torch.cuda.mem_get_info(device)[0]:  # networks need the rest
+        device = torch.device("cpu")
+    free = psutil.virtual_memory().available
+    if device.type == "cpu" and num_bytes > free:
+        found = f"the frames take {num_bytes / 1e9:.1f} GB, but {free / 1e9:.1f} GB of memory are free"
+        raise SystemExit(f"error: {found}; give fewer or shorter datasets, or lower --total-timesteps")
+    print(f"frames: {num_bytes / 1e9:.1f} GB {'on the GPU' if device.type == 'cuda' else 'in RAM'}")
+    replay = Replay(sum(lengths) + extra_rows, device)
+    games = []
+    for data, stop, length in zip(datasets, np.cumsum(lengths).tolist(), lengths, strict=True):
+        rows = slice(stop - length, stop)
+        unpack_dataset(replay, rows, data)
+        games.append(Game(data["env_id"], rows, legal_actions(data["env_id"])))
+    return replay, games
 
 
 # Copied from pretrain_teacher.py
-def sample(replay, batch_size, beta, rng):
-    """Draws rows without replacement with `P(i) ~ priority_i^0.6` -> rows [B], weights `(N * P(i))^-beta / max` [B]."""
-    mass = replay.priority[: replay.size] ** 0.6  # [R]
-    left, rows = mass.copy(), np.empty(0, np.int64)
-    while len(rows) < batch_size:  # those drawn twice are drawn again, from what is left
-        cumulative = np.cumsum(left)
-        drawn = np.searchsorted(cumulative / cumulative[-1], rng.random(batch_size - len(rows)), side="right")
-        rows = np.unique(np.concatenate([rows, drawn]))
-        left[rows] = 0
-    weight = (np.count_nonzero(mass) * mass[rows] / mass.sum()) ** -beta
-    return rows, weight / weight.max()
+def unpack_dataset(replay, rows, data):
+    """Puts the arrays of `read_dataset` into rows of the replay; every row that was acted on has priority 1."""
+    decompressor = zstandard.ZstdDecompressor()
+    packed = data["frames"].tobytes()
+    start = 0
+    for i, stop in enumerate(data["chunk_ends"].tolist()):
+        chunk = np.frombuffer(decompressor.decompress(packed[start:stop]), np.uint8).reshape(-1, 96, 96, 3)
+        first = rows.start + 8 * i
+        replay.frames[first : first + len(chunk)] = torch.tensor(chunk).permute(0, 3, 1, 2)
+        start = stop
+    for name in ("action", "reward", "acted", "end"):
+        getattr(replay, name)[rows] = data[name]
+    starts = np.ones(rows.stop - rows.start, bool)  # an episode starts after an end or after a row not acted on
+    starts[1:] = (data["end"][:-1] > 0) & data["acted"][1:] | ~data["acted"][:-1]
+    t = np.arange(len(starts))
+    replay.age[rows] = t - np.maximum.accumulate(np.where(starts, t, 0))
+    replay.priority[rows] = data["acted"]
+
+
+# Copied from pretrain_teacher.py
+def sample(replay, games, sizes, num_batches, exponent, beta, rng):
+    """Draws `num_batches` = E batches, `sizes[g]` different rows of each game in each, with `P ~ priority^exponent`.
+
+    -> rows [E, B], importance weights `(N * P)^-beta / max` [E, B], the maximum being of one game in one batch.
+    """
+    rows, weight = [], []
+    for game, size in zip(games, sizes, strict=True):
+        mass = replay.priority[game.rows] ** exponent  # [R of the game]
+        probability = mass / mass.sum()
+        draw = functools.partial(rng.choice, len(mass), size, replace=False, p=probability, shuffle=False)
+        drawn = np.stack([draw() for _ in range(num_batches)])  # [E, size]
+        inverse = (np.count_nonzero(mass) * probability[drawn]) ** -beta
+        rows.append(game.rows.start + drawn)
+        weight.append(inverse / inverse.max(axis=1, keepdims=True))
+    return np.concatenate(rows, axis=1), np.concatenate(weight, axis=1).astype(np.float32)
 
 
 # --- targets ---
 
-# As in the table of pretrain_teacher.py, with the teacher's stored visits for the policy and its value for v.
+# As in the table of pretrain_teacher.py, with the policy and the value that the teacher gave each state.
 
 
 # Copied from pretrain_teacher.py
-class Targets(NamedTuple):
-    """What follows the sampled rows; episodes and streams end, so `rows` is clipped to the last state that exists."""
+def make_targets(replay, roots, td_steps, unroll_steps, gamma, clip_rewards, rng):
+    """What is learned from the rows `roots` [E, B], as in the table above -> dict of arrays [E, B, ...].
 
-    rows: np.ndarray  # [B, K+1] row of state k
-    exists: np.ndarray  # [B, K+1] bool: action k-1 was taken, so there is a frame
-    alive: np.ndarray  # [B, K+1] bool: exists and is not terminal
-    value_prefix: np.ndarray  # [B, K]
-    reward_sum: np.ndarray  # [B, K+1] sum_{i<n} gamma^i r_k+i
-    bootstrap_rows: np.ndarray  # [B, K+1] row of state k+n
-    bootstrap_discount: np.ndarray  # [B, K+1] gamma^n, 0 if state k+n is terminal
-
-
-# Copied from pretrain_teacher.py
-def make_targets(replay, roots, td_steps, unroll_steps, gamma=0.997**4):
-    """Everything of the targets of the rows `roots` [B] that needs no network.
-
-    `z = reward_sum + bootstrap_discount * v(bootstrap_rows)`. td_steps [B] is per sample; n is td_steps, or fewer where
-    the episode ends (then nothing is bootstrapped) or where a stream's newest frame comes first (then that is
-    bootstrapped from). Rewards are clipped to their sign. gamma is per environment step of 4 frames.
+    `z = reward_sum + gamma^n * value` of the state n steps on: n is td_steps [E, B], or fewer where the episode ends
+    (then nothing is bootstrapped) or where a stream's newest frame comes first (then that is bootstrapped from).
+    gamma is per environment step of 4 frames. `frames` are the rows of o_t-3 .. o_t+K; past the end the last repeats.
     """
-    B, K, J = len(roots), unroll_steps, unroll_steps + td_steps.max()
-    rows, exists, alive = np.empty((B, J + 1), np.int64), np.ones((B, J + 1), bool), np.ones((B, J + 1), bool)
-    rows[:, 0] = roots
+    shape = roots.shape
+    roots, td_steps = roots.ravel(), td_steps.ravel()  # [n]
+    n, K = len(roots), unroll_steps
+    J = K + td_steps.max()
+    rows = np.repeat(roots[:, None], J + 1, axis=1)  # [n, J+1] of state j, clipped to the last state that exists
+    exists = np.ones((n, J + 1), bool)  # action j-1 was taken, so there is a frame
+    alive = np.ones((n, J + 1), bool)  # exists and is not terminal
     for j in range(J):
         exists[:, j + 1] = alive[:, j] & replay.acted[rows[:, j]]
         alive[:, j + 1] = exists[:, j + 1] & (replay.end[rows[:, j]] == 0)
-        rows[:, j + 1] = rows[:, j] + exists[:, j + 1] * replay.num_envs
-    taken = exists[:, 1:]  # [B, J] action j was taken
-    reward = np.sign(replay.reward[rows[:, :-1]]) * taken  # [B, J]
-    prefix = np.cumsum(reward[:, :K], axis=1)  # [B, K]
+        rows[:, j + 1] = rows[:, j] + exists[:, j + 1]
+    taken = exists[:, 1:]  # [n, J] whether action j was taken
+    reward = replay.reward[rows[:, :-1]] * taken  # [n, J]
+    reward = np.sign(reward) if clip_rewards else reward
+    prefix = np.cumsum(reward[:, :K], axis=1)  # [n, K]
     for k in range(K, mcts.VALUE_PREFIX_HORIZON, -1):  # u_k counts from the last reset of the LSTM on
-        prefix[:, k - 1] -= prefix[:, (k - 1) // mcts.VALUE_PREFIX_HORIZON * mcts.VALUE_PREFIX_HORIZON - 1]
-    reward_sum, bootstrap, discount = np.zeros((B, K + 1)), np.empty((B, K + 1), np.int64), np.empty((B, K + 1))
+        last_reset = (k - 1) // mcts.VALUE_PREFIX_HORIZON * mcts.VALUE_PREFIX_HORIZON
+        prefix[:, k - 1] -= prefix[:, last_reset - 1]
+    value = np.zeros((n, K + 1))
     for k in range(K + 1):
-        n = np.minimum(td_steps, taken[:, k:].sum(axis=1))  # [B]
+        steps = np.minimum(td_steps, taken[:, k:].sum(axis=1))  # [n]
         for i in range(td_steps.max()):
-            reward_sum[:, k] += (i < n) * gamma**i * reward[:, k + i]
-        bootstrap[:, k] = rows[np.arange(B), k + n]
-        discount[:, k] = gamma**n * alive[np.arange(B), k + n]
-    return Targets(rows[:, : K + 1], exists[:, : K + 1], alive[:, : K + 1], prefix, reward_sum, bootstrap, discount)
-
-
-# Copied from pretrain_teacher.py
-def run_search(net, env_id, obs, legal, num_simulations, rng, noise, rank=0, W=1):
-    """Searches the first n of obs uint8 [N, 12, 96, 96], legal [n, A] -> SearchResult of n, value head of all N.
-
-    net: an `inference_copy`. num_simulations 0: the policy head stands for the visits. noise: whether to mix Dirichlet
-    noise into the root priors (self-play and reanalyze). With W processes each does every W-th, and all get the result.
-    Raises `FloatingPointError(what, tensors)`, with env_id in `what`, if the network says something that is not finite.
-    """
-    n, N, A = len(legal), len(obs), legal.shape[1]
-    noise = mcts.dirichlet_noise(rng, legal)[rank::W] if noise and n else None
-    seeds = rng.integers(1, 2**63, n, dtype=np.uint64)[rank::W] if num_simulations and n else None
-    mine = legal[rank::W]
-    value, visits, rest = np.zeros(N, np.float32), np.zeros((n, A), np.int32), np.zeros((2, n), np.float32)
-    with torch.no_grad(), torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.is_cuda):
-        latent, policy_logits, value_logits = net.initial_inference(obs[rank::W])
-        value[rank::W] = model.finite_values(value_logits, env_id, obs)
-        latent, policy_logits = latent[: len(mine)], policy_logits[: len(mine)]
-
-        def recurrent(latent, action, lstm_state):
-            latent, lstm_state, prefix, policy, value = net.recurrent_inference(latent, action, lstm_state)
-            return latent, lstm_state, model.support_to_scalar(prefix), model.support_to_scalar(value), policy
-
-        options = {"lstm_size": net.config.lstm_size, "noise": noise, "seeds": seeds}
-        if obs.is_cuda:  # the CPU walks the trees of one half while the GPU evaluates the other
-            parts = 2 if len(mine) >= 2 * mcts.PARALLEL_MIN_ROOTS else 1
-            options |= {"threads": min(8, os.cpu_count()), "parts": parts, "memory": net.memory}
-            options["record"] = model.Recorded
-        try:
-            if len(mine) and num_simulations:
-                result = mcts.search(recurrent, latent, policy_logits, mine, num_simulations, **options)
-                visits[rank::W], rest[:, rank::W] = result.visits, (result.root_value, result.depth)
-            elif len(mine):
-                logits = policy_logits.float().cpu().masked_fill(~torch.as_tensor(mine), -torch.inf)
-                visits = logits.softmax(-1).numpy()  # only in evaluations, where there is one process
-        except FloatingPointError as error:
-            raise FloatingPointError(f"the search of {env_id} ({error})", {"obs": obs}) from None
-    if W > 1:
-        visits, rest, value = model.add_up(visits), model.add_up(rest), model.add_up(value)
-    return mcts.SearchResult(visits, rest[0], rest[1].astype(np.int32)), value
+            value[:, k] += (i < steps) * gamma**i * reward[:, k + i]
+        bootstrap = rows[np.arange(n), k + steps]
+        value[:, k] += gamma**steps * replay.value[bootstrap] * alive[np.arange(n), k + steps]
+    back = np.minimum([3, 2, 1], replay.age[roots, None])
+    # Past the end the action is random, as in the reference: masked in every loss, it only enters BN's statistics.
+    action = np.where(taken[:, :K], replay.action[rows[:, :K]], rng.integers(18, size=(n, K)))
+    targets = {
+        "frames": np.concatenate([roots[:, None] - back, rows[:, : K + 1]], axis=1),  # [n, K+4]
+        "action": action,  # [n, K]
+        "mask": exists[:, : K + 1].astype(np.float32),  # [n, K+1]
+        "policy": replay.policy[rows[:, : K + 1]] * alive[:, : K + 1, None],  # [n, K+1, A]
+        "value": value.astype(np.float32),  # [n, K+1]
+        "value_prefix": prefix.astype(np.float32),  # [n, K]
+    }
+    return {name: x.reshape(*shape, *x.shape[1:]) for name, x in targets.items()}
 
 
 # Copied from pretrain_teacher.py
@@ -396,40 +444,24 @@ class Batch(NamedTuple):
 
 
 # Copied from pretrain_teacher.py
-def make_batch(replay, targets, policy, bootstrap_value, weight, rng, generator):
-    """Gathers frames, augments them on their device and moves the targets there -> Batch. policy [B, K+1, A], 0 where
-    not alive; bootstrap_value [B, K+1]."""
-    K = targets.value_prefix.shape[1]
-    value = targets.reward_sum + targets.bootstrap_discount * bootstrap_value  # [B, K+1]
-    roots = targets.rows[:, 0]
-    past = roots[:, None] - np.minimum([3, 2, 1], replay.age[roots, None]) * replay.num_envs  # [B, 3]
-    frames = gather_frames(replay, np.concatenate([past, targets.rows], axis=1))  # [B, K+4, 3, 96, 96]
-    # Past the end the action is random, as in the reference: masked in every loss, it only enters BN's statistics.
-    action = np.where(targets.exists[:, 1:], replay.action[targets.rows[:, :K]], rng.integers(18, size=(len(roots), K)))
-    arrays = [np.asarray(x, np.float32) for x in (targets.exists, policy, value, targets.value_prefix, weight)]
+def take_batch(replay, cycle, i, generator):
+    """Batch i of a cycle (`make_targets` and weights, tensors [E, B, ...]), its frames gathered and augmented."""
+    rows = cycle["frames"][i]  # [B, K+4]
+    frames = replay.frames[rows.to(replay.frames.device)].to(rows.device)  # [B, K+4, 3, 96, 96]
     return Batch(
-        model.augment(frames[:, :4].flatten(1, 2), generator),
-        model.augment(frames[:, 1:].flatten(1, 2), generator),
-        *[model.upload(x, replay.device) for x in (action, *arrays)],
+        obs=model.augment(frames[:, :4].flatten(1, 2), generator),
+        target_obs=model.augment(frames[:, 1:].flatten(1, 2), generator),
+        **{name: x[i] for name, x in cycle.items() if name != "frames"},
     )
-
-
-def teacher_batch(task, size, unroll_steps, td_steps, beta, rng, generator):
-    """A batch of one offline task with its teacher's targets: no search, td fixed (XTRA, 3.1) -> rows [size], Batch."""
-    rows, weight = sample(task.replay, size, beta, rng)
-    targets = make_targets(task.replay, rows, np.full(size, td_steps), unroll_steps)
-    policy = task.replay.policy[targets.rows] * targets.alive[:, :, None]  # [size, K+1, A]
-    bootstrap_value = task.replay.value[targets.bootstrap_rows]  # [size, K+1]
-    return rows, make_batch(task.replay, targets, policy, bootstrap_value, weight, rng, generator)
 
 
 # --- loss ---
 # Copied from pretrain_teacher.py
-def unroll_loss(net, batch):
+def unroll_loss(net, batch, coefficients):
     """The EfficientZero loss (XTRA, Eq. 3 with cross-entropies and a cosine, as in the released code).
 
-    Returns per sample [B]: the total `value_prefix + policy + 0.25 * value + 2 * consistency`, each term (sums over the
-    unroll, before coefficient and importance weight), and the priority `|value_0 - z_0| + 1e-6`.
+    Returns per sample [B]: the total `sum_i coefficients_i * term_i`, each term (sums over the unroll, before
+    coefficient and importance weight), and the priority `|value_0 - z_0| + 1e-6`.
     Steps past the end are masked, so only true states are learned from.
     """
     B, K = batch.action.shape
@@ -441,7 +473,8 @@ def unroll_loss(net, batch):
     prefix_code = model.scalar_to_support(batch.value_prefix, support)  # [B, K, S]
     policy = model.cross_entropy(policy_logits, batch.policy[:, 0])
     value = model.cross_entropy(value_logits, value_code[:, 0])
-    value_prefix, consistency = torch.zeros_like(value), torch.zeros_like(value)
+    value_prefix = torch.zeros_like(value)
+    consistency = torch.zeros_like(value)
     for k in range(1, K + 1):
         latent, lstm_state, prefix_logits, policy_logits, value_logits = net.recurrent_inference(
             latent, batch.action[:, k - 1], lstm_state
@@ -458,30 +491,30 @@ def unroll_loss(net, batch):
         if k % mcts.VALUE_PREFIX_HORIZON == 0:
             lstm_state = net.initial_lstm_state(B, latent)
     terms = {"value_prefix": value_prefix, "policy": policy, "value": value, "consistency": consistency}
-    return value_prefix + policy + 0.25 * value + 2.0 * consistency, terms, priority
+    total = sum(coefficients[name] * term for name, term in terms.items())
+    return total, terms, priority
 
 
-def cloning_loss(net, batch):
-    """Behaviour cloning: `-log p(a_t | o_t)` with no model and no value. Same returns as `unroll_loss`."""
+def cloning_loss(net, batch, coefficients):
+    """Behaviour cloning: `-log p(a_t | o_t)` with no model and no value; returns as `unroll_loss`."""
     policy_logits = net.prediction(net.representation(batch.obs))[0]
     loss = F.cross_entropy(policy_logits.float(), batch.action[:, 0], reduction="none")  # [B]
-    return loss, {"policy": loss}, torch.ones_like(loss)
+    return coefficients["policy"] * loss, {"policy": loss}, torch.ones_like(loss)
 
 
 # Copied from pretrain_teacher.py
-def compute_gradients(net, parameters, batch, loss_function):
-    """One pass forward and backward -> loss, norm of its gradients, terms and priority per sample [B], gradients.
+def learn(net, loss_function, coefficients, batch):
+    """One pass forward and back; afterwards the parameters' `.grad` is that of `mean(weight * total) / K`.
 
-    The loss that is minimised is `mean(weight * total) / K`, the one returned K times that. With several processes
-    loss and gradients are the means over all of them, terms and priority of this one's samples.
+    -> K times that loss, the terms and the priority of each sample.
     """
     with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=batch.obs.is_cuda):
-        total, terms, priority = loss_function(net, batch)
+        total, terms, priority = loss_function(net, batch, coefficients)
     loss = (batch.weight * total).mean()
-    gradients = model.gradients(loss / batch.action.shape[1], parameters)
-    norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+    net.zero_grad(set_to_none=False)  # gradients stay in place: a recorded pass writes there
+    (loss / batch.action.shape[1]).backward()
     terms = {name: term.detach() for name, term in terms.items()}  # else autograd's graph outlives this call
-    return model.average([loss.detach()])[0], norm, terms, priority, gradients
+    return loss.detach(), terms, priority
 
 
 # Copied from pretrain_teacher.py
@@ -493,22 +526,25 @@ def learning_rate_at(update, total, base):
 
 # --- evaluation ---
 # Copied from pretrain_teacher.py
-def evaluate(net, env_id, episodes, max_frames, num_simulations, device, movie=None, interrupted=()):
-    """Plays `episodes` whole games side by side (seeds 0, 1, ..., full lives, no noise, the most visited action or the
-    lowest of several) -> raw returns [episodes], lengths in environment steps [episodes].
+def evaluate(search, env_id, max_frames, movie=None):
+    """Plays `search.capacity` whole games side by side (seeds 0, 1, ..., full lives, no noise, the most visited action
+    or the lowest of several) -> raw returns [episodes], lengths in environment steps [episodes].
 
-    num_simulations 0 acts on the policy head alone. movie: a list that gets the first game's frames. interrupted: a
-    list; the games stop, and the results mean nothing, once something is in it.
+    movie: a list that gets the first game's frames.
     """
-    envs, rng = make_envs(env_id, episodes, life_loss_ends=False), np.random.default_rng(0)
-    legal = np.repeat(legal_actions(env_id)[None], episodes, 0)  # [E, A]
+    episodes = search.capacity
+    rng = np.random.default_rng(0)
+    device = next(search.net.parameters()).device
+    envs = make_envs(env_id, episodes, life_loss_ends=False)
+    legal = legal_actions(env_id)  # [A]
     frames = envs.reset(seed=0)[0].reshape(episodes, 96, 96, 3)
     stack = torch.as_tensor(frames).permute(0, 3, 1, 2).repeat(1, 4, 1, 1).to(device)  # [E, 12, 96, 96]
-    returns, lengths, active = np.zeros(episodes), np.zeros(episodes, np.int64), np.arange(episodes)
-    while len(active) and not interrupted:
+    returns = np.zeros(episodes)
+    lengths = np.zeros(episodes, np.int64)
+    active = np.arange(episodes)
+    while len(active):
         action = np.zeros(episodes, np.int64)  # finished games leave the search; their actions do not matter
-        result, _ = run_search(net, env_id, stack[active], legal[active], num_simulations, rng, noise=False)
-        action[active] = result.visits.argmax(axis=1)
+        action[active] = search(stack[active], legal, rng, noise=False).policy.argmax(axis=1)
         if movie is not None and 0 in active:
             movie.append(frames[0].copy())
         frames, reward, terminated, truncated, _ = envs.step(action)
@@ -531,176 +567,142 @@ def log_evaluation(writer, env_id, env_steps, updates, returns, lengths, suffix=
     return "".join(f"{env_steps},{updates},{i},{score},{length},{env_id}\n" for i, (score, length) in games)
 
 
-# Copied from pretrain_teacher.py
-def check_args(args, may_be_zero=()):
-    """Exits with one line if a number is negative, or zero where that makes no sense."""
-    for name, value in vars(args).items():
-        lowest = -1 if name == "similarity_threshold" else 0 if name in may_be_zero or isinstance(value, float) else 1
-        lowest = 2 if name in ("batch_size", "channels") else lowest  # for batch norm and the first convolution
-        if isinstance(value, int | float) and not isinstance(value, bool) and not lowest <= value < float("inf"):
-            raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {lowest} or more")
-    if args.cudagraphs and not torch.cuda.is_available():
-        raise SystemExit("error: --cudagraphs needs an NVIDIA GPU, and none was found; drop the flag")
-    if args.compile and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        raise SystemExit("error: --compile needs a C compiler, and none was found; install gcc or give --no-compile")
-    if args.resume and not args.run_dir:
-        raise SystemExit("error: --resume needs the --run-dir that it is to continue; give both")
-    if args.run_dir is None or not os.path.exists(args.run_dir):
-        return
-    names = os.listdir(args.run_dir) if os.path.isdir(args.run_dir) else [""]
-    found = {"", "checkpoint.pt", "model.pt", "evaluations.csv", "targets.json"} & set(names)
-    events = any(name.startswith("events.out.tfevents") for name in names)
-    if (found or events) and not args.resume:
-        hint = "continue it with --resume, or choose another folder"
-        raise SystemExit(f"error: --run-dir {args.run_dir} holds a run already, or is a file; {hint}")
-    if "checkpoint.pt" not in found and (found or events and "lock" not in names):  # events alone: killed early
-        hint = "put its checkpoint.pt back, or choose another folder"
-        raise SystemExit(f"error: --run-dir {args.run_dir} holds a run without a checkpoint; {hint}")
-
-
 if __name__ == "__main__":
-    interrupted = model.catch_signals()  # gets an entry when the run shall stop
-    args = tyro.cli(Args, description=__doc__)
+    args = flat(tyro.cli(Args, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))
     check_args(args, may_be_zero=("seed",))
-    if not args.teachers:
-        raise SystemExit("error: --teachers is empty, expected run folders; pretrain_teacher.py writes one")
+    E = args.cycle
     m = len(args.teachers)
+    cloning = args.policy_target == "actions"
+    if m == 0:
+        raise SystemExit("error: --teachers is empty, expected run folders; pretrain_teacher.py writes one")
     if args.batch_size % m:
         raise SystemExit(f"error: --batch-size {args.batch_size} is not a multiple of the {m} --teachers; make it one")
-    device, rank, W = model.join_processes(args.cuda)
-    if args.batch_size // m % W:
-        raise SystemExit(
-            f"error: --batch-size {args.batch_size} / {m} is not a multiple of the {W} processes; make it one"
-        )
-    record = args.cudagraphs and device.type == "cuda" and W == 1  # messages between processes are not recorded
-    checkpoint = model.load_checkpoint(args)
-
-    # data setup
-    config = model.ModelConfig.of_width(args.channels, args.blocks)
-    rows = sum(targets_meta(folder)["rows"] for folder in args.teachers)
-    sizes = {"rows": rows, "samples": args.batch_size, "roots": args.eval_episodes}
-    on_host = model.check_memory(device, args.run_dir or "runs", config, num_simulations=args.num_simulations, **sizes)
-    tasks = [load_task(folder, device, on_host) for folder in args.teachers]
-    env_ids = [task.env_id for task in tasks]
-    share = args.batch_size // m
-    for folder, task in zip(args.teachers, tasks, strict=True):
-        if np.count_nonzero(task.replay.acted) < share:
-            raise SystemExit(f"error: {folder}'s dataset has fewer steps than its share of --batch-size; lower that")
-    started = model.of_first(np.array(int(time.time())))  # in seconds; all processes must name the same folder
-    run_name = f"{'+'.join(env_ids).replace('/', '-')}__{args.exp_name}__{args.seed}__{started}"
-    run_dir = args.run_dir or f"runs/{run_name}"
+    if args.num_updates % E:
+        raise SystemExit(f"error: --num-updates {args.num_updates} is not a multiple of --cycle {E}; make it one")
 
     # TRY NOT TO MODIFY: seeding
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
+    device = choose_device(args)
     rng = np.random.default_rng(args.seed)  # sampling
     generator = torch.Generator(device).manual_seed(args.seed)  # augmentation
 
+    # data setup
+    datasets = [read_teacher(folder) for folder in args.teachers]
+    checksums = [data["checksum"] for data in datasets]
+    sizes = m * [args.batch_size // m]  # samples of each game in a batch
+    for folder, data in zip(args.teachers, datasets, strict=True):
+        if np.count_nonzero(data["acted"]) < sizes[0]:
+            raise SystemExit(f"error: the data of {folder} have fewer steps than its share of --batch-size; lower that")
+    replay, games = make_replay(datasets, 0, device)
+    env_ids = [game.env_id for game in games]
+    for game, data in zip(games, datasets, strict=True):
+        replay.policy[game.rows] = data["policy"]
+        replay.value[game.rows] = data["value"]
+
     # agent setup
+    config = model.ModelConfig.of_width(args.channels, args.blocks)
     net = model.EfficientZeroNet(config).to(device, memory_format=torch.channels_last).train()
-    model.share_batch_norms(net)
     parameters = list(net.parameters())
-    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4, fused=True)
-    loss_function = cloning_loss if args.policy_target == "actions" else unroll_loss
-    loss_function = torch.compile(loss_function) if args.compile and W == 1 else loss_function
-
-    def update(*batch):
-        return compute_gradients(net, parameters, Batch(*batch), loss_function)
-
-    update = model.Recorded(update) if record else update
-    num_simulations = 0 if args.policy_target == "actions" else args.num_simulations
-    sample_names = np.repeat(env_ids, share)[rank::W]  # [B / W]
-    log_every = max(1, min(100, args.num_updates // 100))  # updates
-    updates, evaluated, scores = 0, -1, {}  # evaluated: when the last evaluation was, in updates
-    evaluations = "env_steps,updates,episode,return,length,env_id\n"
+    settings = {"lr": 0.0, "momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
+    optimizer = torch.optim.SGD(parameters, **settings)
+    record = model.Recorded if args.cudagraphs else None
+    constants = {"discount": args.gamma, "c_init": args.c_init, "record": record}
+    simulations = 0 if cloning else args.num_simulations
+    agent = mcts.Search(model.inference_copy(net), simulations, args.eval_episodes, **constants)
+    loss_function = cloning_loss if cloning else unroll_loss
+    loss_function = torch.compile(loss_function) if args.compile else loss_function
+    coefficients = {name: getattr(args, f"{name}_coef") for name in ("value_prefix", "policy", "value", "consistency")}
+    learn_batch = functools.partial(learn, net, loss_function, coefficients)
+    learn_batch = record(learn_batch) if record else learn_batch
+    unroll_steps = 1 if cloning else args.unroll_steps  # cloning unrolls nothing: its loss is not divided by K
 
     # the run folder, and if the run goes on, all that it had
-    lock = model.lock_folder(run_dir, checkpoint) if rank == 0 else None
-    inputs = [model.sha256(f"{folder}/targets.json") for folder in args.teachers]
-    parts, replays = {"net": net, "optimizer": optimizer, "rng": rng, "generator": generator}, [t.replay for t in tasks]
+    run_name = f"{'+'.join(env_ids).replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = args.run_dir or f"runs/{run_name}"
+    lock, checkpoint = model.open_run(args, run_dir, MAY_CHANGE)
+    updates = 0
+    scores = {}  # mean return of the last evaluation
+    evaluations = "env_steps,updates,episode,return,length,env_id\n"
+    learners = {"net": net, "optimizer": optimizer}
     if checkpoint:
-        kinds = {"updates": int, "evaluated": int, "scores": dict, "evaluations": str}
-        updates, evaluated, scores, evaluations = model.restore(run_dir, checkpoint, inputs, parts, replays, **kinds)
-    if args.resume and rank == 0:
-        model.rewind_events(run_dir, checkpoint["events"] if checkpoint else {})
-        if checkpoint:  # the table may be torn
-            model.write_file(f"{run_dir}/evaluations.csv", evaluations.encode(), keep_going=True)
+        if checkpoint["datasets"] != checksums:
+            raise SystemExit("error: --teachers are not those that the run was started with; give the same")
+        for name, learner in learners.items():
+            learner.load_state_dict(checkpoint[name])
+        rng.bit_generator.state = checkpoint["rng"]
+        generator.set_state(checkpoint["generator"])
+        replay.priority[:] = checkpoint["priority"].numpy()
+        updates, scores, evaluations = checkpoint["updates"], checkpoint["scores"], checkpoint["evaluations"]
+
+    def due(every):
+        return updates % every < E
 
     # TRY NOT TO MODIFY: start the training
+    writer = make_writer(args, run_name, run_dir, updates)
+    log_every = max(1, min(100, args.num_updates // 100))  # updates
     start_time, start_updates = time.time(), updates
-    output = sys.stderr if rank == 0 else sys.stdout  # the others' goes nowhere
-    bar = tqdm(total=args.num_updates, initial=updates, unit="update", dynamic_ncols=True, file=output)
-    with bar, model.stop_if_not_finite(run_dir, bar):
-        writer = make_writer(args, run_name, run_dir) if rank == 0 else model.Log(None)
-        while True:
-            last = updates >= args.num_updates
-            if (last or updates % args.eval_every == 0) and evaluated < updates:
-                settings = args.eval_episodes, args.eval_max_frames, num_simulations, device, None, interrupted
-                agent, played = model.inference_copy(net, record), tasks if rank == 0 else []
-                results = [evaluate(agent, task.env_id, *settings) for task in played]
-                if not model.any_interrupted(interrupted):
-                    for task, (returns, lengths) in zip(played, results, strict=True):
-                        suffix = f"/{task.env_id}"
-                        evaluations += log_evaluation(writer, task.env_id, 0, updates, returns, lengths, suffix)
-                        writer.add_scalar(f"charts/teacher/avg_episodic_return/{task.env_id}", task.score, updates)
-                        scores[task.env_id] = float(returns.mean())
-                    evaluated = updates
-                    bar.set_postfix(eval_return=f"{np.mean([scores.get(env_id, 0.0) for env_id in env_ids]):.1f}")
-            stop = last or model.any_interrupted(interrupted)  # once: a signal may come at any moment
-            saved = False
-            if rank == 0 and (stop or evaluated == updates or updates % args.checkpoint_every == 0):
-                values = {"updates": updates, "evaluated": evaluated, "scores": scores, "evaluations": evaluations}
-                content = parts, replays, 1, values  # no targets of version 1: they are the teachers'
-                saved = model.save_checkpoint(run_dir, writer, args, inputs, *content, keep_going=not stop)
-            if evaluated == updates and saved:
-                model.write_file(f"{run_dir}/evaluations.csv", evaluations.encode(), keep_going=not last)
-                saved_args = vars(args) | {"teachers": [os.path.relpath(folder, run_dir) for folder in args.teachers]}
-                counters = {"updates": updates, "scores": scores}
-                model.save_model(f"{run_dir}/model.pt", net, saved_args, env_ids, counters, keep_going=not last)
-            if stop:
-                break
+    cycles = range(start_updates, args.num_updates + 1, E)
+    for updates in tqdm(cycles, initial=start_updates // E, unit="update", unit_scale=E, disable=None):
+        last = updates == args.num_updates
+        evaluating = last or due(args.eval_every)
+        if updates > start_updates and (evaluating or due(args.checkpoint_every)):
+            if not all(parameter.isfinite().all() for parameter in parameters):
+                raise SystemExit(f"error: weights are not finite at update {updates}; try a lower --learning-rate")
+            writer.flush()
+            checkpoint = {name: learner.state_dict() for name, learner in learners.items()}
+            checkpoint |= {"rng": rng.bit_generator.state, "generator": generator.get_state(), "args": vars(args)}
+            checkpoint |= {"priority": torch.from_numpy(replay.priority), "datasets": checksums}
+            checkpoint |= {"updates": updates, "scores": scores, "evaluations": evaluations}
+            with model.whole_file(f"{run_dir}/checkpoint.pt") as file:
+                torch.save(checkpoint, file)
+        if evaluating:
+            model.refresh(agent.net, net)
+            for env_id, data in zip(env_ids, datasets, strict=True):
+                returns, lengths = evaluate(agent, env_id, args.eval_max_frames)
+                evaluations += log_evaluation(writer, env_id, 0, updates, returns, lengths, f"/{env_id}")
+                writer.add_scalar(f"charts/teacher/avg_episodic_return/{env_id}", data["score"], updates)
+                scores = scores | {env_id: float(returns.mean())}
+            with model.whole_file(f"{run_dir}/evaluations.csv") as file:
+                file.write(evaluations.encode())
+            teachers = [os.path.relpath(os.path.realpath(x), os.path.realpath(run_dir)) for x in args.teachers]
+            info = {"args": vars(args), "env_ids": env_ids, "teachers": teachers}
+            model.save_model(f"{run_dir}/model.pt", net, **info, updates=updates, scores=scores)
+        if last:
+            break
 
-            # ALGO LOGIC: training.
-            beta = 0.4 + 0.6 * min(1.0, updates / (1.2 * args.num_updates))
-            drawn, batches = [], []
-            for task in tasks:
-                settings = args.unroll_steps, args.td_steps, beta, rng, generator
-                rows, task_batch = teacher_batch(task, share, *settings)
-                drawn.append(rows)
-                batches.append(task_batch)
-            batch = Batch(*[torch.cat(tensors)[rank::W] for tensors in zip(*batches, strict=True)])  # [B / W, ...]
-
-            loss, norm, terms, priority, gradients = update(*batch)  # [B / W] each sample's, task after task
-            # The only wait for a GPU in an update besides the search's.
-            numbers = torch.cat([model.interleave(priority), loss.view(1), norm.view(1)]).cpu().numpy()
-            model.check_finite(*numbers[-2:], terms, gradients, sample_names, net, batch)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
-            torch.nn.utils.clip_grads_with_norm_(parameters, 5.0, norm)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(updates, args.num_updates, args.learning_rate)
+        # ALGO LOGIC: training.
+        beta = args.priority_beta + (1 - args.priority_beta) * min(1.0, updates / (1.2 * args.num_updates))
+        rows, weight = sample(replay, games, sizes, E, args.priority_exponent, beta, rng)  # [E, B] each
+        td_steps = np.full(rows.shape, args.td_steps)  # fixed data do not age
+        cycle = make_targets(replay, rows, td_steps, unroll_steps, args.gamma, args.clip_rewards, rng)
+        cycle["weight"] = weight
+        cycle = {name: torch.from_numpy(x).to(device) for name, x in cycle.items()}  # [E, B, ...] each
+        numbers = []
+        for update in range(updates, updates + E):
+            batch = take_batch(replay, cycle, update - updates, generator)
+            loss, terms, priority = learn_batch(batch)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            optimizer.param_groups[0]["lr"] = learning_rate_at(update, args.num_updates, args.learning_rate)
             optimizer.step()
-            for task, rows, new in zip(tasks, drawn, numbers[:-2].reshape(m, share), strict=True):
-                task.replay.priority[rows] = new
+            numbers.append(torch.cat([priority, loss.view(1), norm.view(1)]))
+        numbers = torch.stack(numbers).cpu().numpy()  # [E, B + 2]: the only wait for a GPU in a cycle
+        if not np.isfinite(numbers).all():
+            raise SystemExit(f"error: the loss is not finite after update {updates}; try a lower --learning-rate")
+        for drawn, new in zip(rows, numbers[:, :-2], strict=True):
+            replay.priority[drawn] = new
 
-            if updates % log_every == 0:
-                writer.add_scalar("losses/loss", numbers[-2], updates)
-                for name, term in terms.items():
-                    term = model.interleave(term)  # [B]
-                    writer.add_scalar(f"losses/{name}_loss", term.mean().item(), updates)
-                    for env_id, mean in zip(env_ids, term.view(m, share).mean(dim=1).tolist(), strict=True):
-                        writer.add_scalar(f"losses/{name}_loss/{env_id}", mean, updates)
-                writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], updates)
-                writer.add_scalar("charts/beta", beta, updates)
-                speed = (updates + 1 - start_updates) / (time.time() - start_time)
-                writer.add_scalar("charts/updates_per_second", speed, updates)
-                writer.flush()
-            updates += 1
-            bar.update()
+        if due(log_every):
+            writer.add_scalar("losses/loss", numbers[-1, -2], updates)
+            for name, term in terms.items():
+                writer.add_scalar(f"losses/{name}_loss", term.mean().item(), updates)
+                for env_id, part in zip(env_ids, term.split(sizes), strict=True):
+                    writer.add_scalar(f"losses/{name}_loss/{env_id}", part.mean().item(), updates)
+            writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], updates)
+            writer.add_scalar("charts/beta", beta, updates)
+            speed = (updates + E - start_updates) / (time.time() - start_time)
+            writer.add_scalar("charts/updates_per_second", speed, updates)
+    writer.close()
 
-    if model.any_interrupted(interrupted):
-        print(f"{run_dir}: stopped at update {updates} by {interrupted[0]}. Next: the same command with --resume")
-        sys.exit(model.INTERRUPTED)
-    for task in tasks if rank == 0 else []:
-        print(f"{task.env_id}: student {scores[task.env_id]:.1f}, its teacher {task.score:.1f}")
+    for env_id, data in zip(env_ids, datasets, strict=True):
+        print(f"{env_id}: student {scores[env_id]:.1f}, its teacher {data['score']:.1f}")
     print(f"{run_dir}: student saved. Next: python finetune.py --pretrained {run_dir} --env-id NEW_GAME")

@@ -17,6 +17,8 @@ Arithmetic is float32, results do not depend on the number of threads. The first
 processes load the cache. NUMBA_DISABLE_JIT=1 turns everything into plain Python for the debugger.
 """
 
+import functools
+import os
 from typing import NamedTuple
 
 import numba
@@ -55,17 +57,18 @@ class Tree(NamedTuple):
     discount: np.float32
 
 
-def exploration_rate(t):
+def exploration_rate(t, c_init=C_INIT):
     """`log((t + c_base + 1) / c_base) + c_init`, t = visits of a node's children (MuZero, appendix B)."""
-    return np.log((np.float32(t) + C_BASE + ONE) / C_BASE) + C_INIT
+    return np.log((np.float32(t) + C_BASE + ONE) / C_BASE) + np.float32(c_init)
 
 
-def make_tree(root_prior, legal, num_simulations, *, discount, seeds=None):
+def make_tree(root_prior, legal, num_simulations, *, discount, c_init=C_INIT, seeds=None):
     """Allocates B trees that hold their roots only, with room for num_simulations = S.
     root_prior [B, A] float32: softmax over the legal actions, already mixed with noise. legal [B, A] bool. seeds [B]
     uint64: each root breaks its ties by a generator of its own; None: the lowest of tied actions wins.
     """
-    B, N, K = len(legal), num_simulations + 1, legal.sum(1).max()
+    B, N = len(legal), num_simulations + 1
+    K = legal.sum(1).max()
     actions = np.argsort(~legal, axis=1, kind="stable")[:, :K].astype(np.int32)  # [B, K], the legal ones first
     roots = np.recarray(B, ROOT_INFO)
     roots.random_state, roots.num_legal, roots.q_min, roots.q_max = 0, legal.sum(1), INF, -INF
@@ -74,11 +77,20 @@ def make_tree(root_prior, legal, num_simulations, *, discount, seeds=None):
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
             z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
         roots.random_state = z | np.uint64(1)
-    edges, child = np.zeros((N, B, 3, K), np.float32), np.zeros((N, B, K), np.int32)  # fresh pages: nothing is cleared
+    edges = np.zeros((N, B, 3, K), np.float32)  # fresh pages: nothing is cleared
     edges[ROOT, :, PRIOR] = np.take_along_axis(root_prior, actions, axis=1)
-    nodes, leaf = np.zeros((N, B), NODE).view(np.recarray), np.zeros((3, B), np.int64)
-    q, rates, scores = np.zeros((B, N), np.float32), exploration_rate(np.arange(N)), np.zeros((B, K), np.float32)
-    return Tree(edges, child, nodes, roots, q, actions, rates, scores, leaf, np.float32(discount))
+    return Tree(
+        edges=edges,
+        child=np.zeros((N, B, K), np.int32),
+        nodes=np.zeros((N, B), NODE).view(np.recarray),
+        roots=roots,
+        q=np.zeros((B, N), np.float32),
+        actions=actions,
+        exploration=exploration_rate(np.arange(N), c_init),
+        scores=np.zeros((B, K), np.float32),
+        leaf=np.zeros((3, B), np.int64),
+        discount=np.float32(discount),
+    )
 
 
 # Inlined, and arrays are indexed down to numbers: each array or row passed around would cost an atomic reference count.
@@ -222,17 +234,6 @@ def run_step(tree, s, outputs, expand, select, threads=1):
     numba.set_num_threads(threads_before)
 
 
-def traverse(tree, s, threads=1):
-    """Selects the leaf of simulation s of every root: its parent's node index, action id and depth, [B] int64 each."""
-    run_step(tree, s - 1, np.empty((0, 2), np.float32), False, True, threads)
-    return tuple(tree.leaf.copy())
-
-
-def expand_and_backup(tree, s, value_prefix, value, prior, threads=1):
-    """Adds the leaf of simulation s as node s + 1; value_prefix [B], value [B] and prior [B, A] float32."""
-    run_step(tree, s, np.float32(np.column_stack([value_prefix, value, prior])), True, False, threads)
-
-
 def dirichlet_noise(rng, legal, alpha=0.3):
     """Dirichlet(alpha) over each row's legal actions, 0 elsewhere: [B, A] float32. legal [B, A] bool."""
     # Gamma(alpha) = Gamma(alpha + 1) * U ** (1 / alpha), in logarithms: no row can underflow to zeros only.
@@ -240,132 +241,164 @@ def dirichlet_noise(rng, legal, alpha=0.3):
     return torch.softmax(torch.from_numpy(np.where(legal, log_gamma, -np.inf)), dim=1).float().numpy()
 
 
-class SearchResult(NamedTuple):
-    visits: np.ndarray  # [B, A] int32, of the root's children; they sum to S
-    root_value: np.ndarray  # [B] float32, mean of the S returns; the reference divides by S + 1, a bias towards 0
-    depth: np.ndarray  # [B] int32, of the deepest leaf
-
-
 class Nodes:
-    """The network's side of B searches: latent and LSTM state of every node, where the network is. It also asks the
-    network for the leaves' values: `evaluate` starts that, `outputs` waits for the answer.
-    like: latents of the shape and type of those to come. record: what wraps the evaluation, which has no arguments and
-    works on the same memory each time; None: nothing.
+    """The network's side of up to B searches: latent and LSTM state of every node, where the network is. It also asks
+    the network for the leaves' values: `evaluate` starts that, `outputs` waits for the answer.
+
+    like: a tensor of the latents' shape, type and device. record: what wraps the evaluation on a GPU, whose kernels
+    then work on this memory each time; one recording for each number of rows.
     """
 
-    def __init__(self, recurrent, B, like, num_actions, num_simulations, lstm_size, record=None):
-        (C, H, W), device, pin, N = like.shape[1:], like.device, like.is_cuda, num_simulations + 1
-        self.recurrent, self.rows = recurrent, torch.arange(B, device=device)
+    def __init__(self, net, like, B, num_actions, num_simulations, record):
+        C, H, W = like.shape[1:]
+        L = net.initial_lstm_state(1, like)[0].shape[1]
+        N = num_simulations + 1
+        pin, device = like.is_cuda, like.device
+        self.net, self.record, self.recorded = net, record, {}
         self.latents = like.new_empty(N * B, H, W, C)  # in the order of channels_last
-        self.hs, self.cs = like.new_empty(2, N * B, lstm_size)  # [N * B, L] each
+        self.h = like.new_empty(N * B, L)
+        self.c = like.new_empty(N * B, L)
+        self.rows = torch.arange(B, device=device)
         self.illegal = torch.zeros(B, num_actions, dtype=torch.bool, device=device)
         self.leaf = torch.zeros(4, B, dtype=torch.int64, device=device)  # parent, action, depth, node of each leaf
         self.leaf_on_host = torch.zeros(4, B, dtype=torch.int64, pin_memory=pin)
-        self.on_host = torch.empty(B, 2 + num_actions, pin_memory=pin)
+        self.outputs_on_host = torch.empty(B, 2 + num_actions, pin_memory=pin)
         self.ready = torch.cuda.Event() if pin else None
-        if record:
-            self.simulate = record(self.simulate)
 
     def start(self, latent, illegal):
-        """Puts the roots in place: latent [n, C, H, W] and illegal [n, A], n <= B; LSTM states are zeros."""
+        """Puts n <= B roots in place: latent [n, C, H, W], illegal [n, A]; their LSTM states are zeros."""
         n, B = len(latent), len(self.rows)
-        self.latents[:n], self.illegal[:n] = latent.permute(0, 2, 3, 1), illegal
-        self.hs[:B], self.cs[:B] = 0, 0
+        self.n = self.num_rows = n
+        if self.record:  # a recording has a fixed size: the smallest of B, B/2, B/4, ... that holds n
+            self.num_rows = B
+            while self.num_rows // 2 >= max(n, 8):
+                self.num_rows //= 2
+        self.latents[:n] = latent.permute(0, 2, 3, 1)
+        self.illegal[:n] = illegal
+        self.h[:B] = 0
+        self.c[:B] = 0
 
-    def simulate(self):
-        """Gathers the leaves' parents, applies the network, scatters the new states -> `pack_outputs` [B, 2 + A]."""
-        parent, action, depth, node = self.leaf  # [B] each
-        B = len(parent)
-        index, new_index = parent * B + self.rows, node * B + self.rows  # [B], into [N * B, ...]
-        latent = self.latents.index_select(0, index).permute(0, 3, 1, 2)  # [B, C, H, W]
-        lstm_state = self.hs.index_select(0, index), self.cs.index_select(0, index)
-        latent, (h, c), value_prefix, value, policy_logits = self.recurrent(latent, action, lstm_state)
+    def simulate(self, num_rows):
+        """Gathers the leaves' parents, applies the network, scatters the new states -> `pack` [num_rows, 2 + A]."""
+        parent, action, depth, node = self.leaf[:, :num_rows]
+        B = len(self.rows)
+        index = parent * B + self.rows[:num_rows]  # into [N * B, ...]
+        new_index = node * B + self.rows[:num_rows]
+        latent = self.latents.index_select(0, index).permute(0, 3, 1, 2)  # [num_rows, C, H, W]
+        lstm_state = self.h.index_select(0, index), self.c.index_select(0, index)
+        latent, (h, c), value_prefix, value, policy_logits = self.net.search_leaf(latent, action, lstm_state)
         reset = (depth % VALUE_PREFIX_HORIZON == 0)[:, None]  # this node's children start a new value prefix
         self.latents.index_copy_(0, new_index, latent.permute(0, 2, 3, 1))
-        self.hs.index_copy_(0, new_index, h.masked_fill(reset, 0))
-        self.cs.index_copy_(0, new_index, c.masked_fill(reset, 0))
-        return pack_outputs(value_prefix, value, policy_logits, self.illegal, "leaves")
+        self.h.index_copy_(0, new_index, h.masked_fill(reset, 0))
+        self.c.index_copy_(0, new_index, c.masked_fill(reset, 0))
+        return pack(value_prefix, value, policy_logits, self.illegal[:num_rows])
 
     def evaluate(self, leaf, s):
         """Starts the evaluation of the leaves of simulation s; leaf [3, n] as in `Tree`. Does not wait for a GPU."""
-        self.leaf_on_host[:3, : leaf.shape[1]] = torch.from_numpy(leaf)
+        simulate = functools.partial(self.simulate, self.num_rows)
+        if self.record:
+            simulate = self.recorded.setdefault(self.num_rows, self.record(simulate))
+        self.leaf_on_host[:3, : self.n] = torch.from_numpy(leaf)
         self.leaf_on_host[3] = s + 1
         self.leaf.copy_(self.leaf_on_host, non_blocking=True)
-        self.on_host.copy_(self.simulate(), non_blocking=True)
+        self.outputs_on_host[: self.num_rows].copy_(simulate(), non_blocking=True)
         if self.ready:
             self.ready.record()
 
-    def outputs(self, n, s):
+    def outputs(self):
         """What `evaluate` asked for, as soon as it is there: [n, 2 + A] float32, valid until the next `evaluate`."""
         if self.ready:
             self.ready.synchronize()
-        outputs = self.on_host[:n].numpy()
+        outputs = self.outputs_on_host[: self.n].numpy()
         if not np.isfinite(outputs).all():
-            raise FloatingPointError(f"simulation {s}: the network's outputs are not finite")
+            raise FloatingPointError("what the network says of a leaf is not finite")
         return outputs
 
 
-def pack_outputs(value_prefix, value, policy_logits, illegal, where):
+def pack(value_prefix, value, policy_logits, illegal):
     """Value prefix, value and prior over the legal actions, for one transfer to the host: [B, 2 + A] float32."""
-    B, A = illegal.shape
-    shapes = [tuple(x.shape) for x in (value_prefix, value, policy_logits)]
-    if shapes != [(B,), (B,), (B, A)]:
-        raise ValueError(f"{where}: value_prefix, value, policy_logits are {shapes}, expected {[(B,), (B,), (B, A)]}")
     prior = torch.softmax(policy_logits.float().masked_fill(illegal, -torch.inf), dim=1)
     return torch.cat([value_prefix.float()[:, None], value.float()[:, None], prior], dim=1)
 
 
-def bucket(n):
-    """Rows for n roots: a power of two from 8 to 256, then a multiple of 256. Recorded kernels need fixed sizes."""
-    return 1 << max(3, (n - 1).bit_length()) if n <= 256 else -(-n // 256) * 256
+class SearchResult(NamedTuple):
+    policy: np.ndarray  # [n, A] float32, visits of the root's children / S
+    value: np.ndarray  # [n] float32, the network's own value of the root: targets bootstrap from it
+    root_value: np.ndarray  # [n] float32, mean of the S returns; the reference divides by S + 1, a bias towards 0
+    depth: np.ndarray  # [n] int32, of the deepest leaf
 
 
-@torch.no_grad()
-def search(recurrent, latent, policy_logits, legal, num_simulations, *, lstm_size, discount=0.997**4, noise=None,
-           noise_fraction=0.25, seeds=None, threads=1, parts=1, memory=None, record=None):  # fmt: skip
-    """Searches from B roots. The root network returns a latent and policy logits; its value, if any, is not used.
-    recurrent: `(latent [B, C, H, W], action [B] int64, (h, c) [B, L] each) -> latent, (h, c), value_prefix [B],
-      value [B], policy_logits [B, A]`, tensors on the device of `latent`, the two scalars already transformed back.
-    latent, policy_logits: of the roots, [B, C, H, W] and [B, A]; their LSTM states are zeros, their prefixes 0.
-    legal, noise, seeds: numpy, [B, A] bool, [B, A] or None (see `dirichlet_noise`), [B] or None (see `make_tree`).
-    num_simulations, lstm_size: S and L. threads: of the tree, used from PARALLEL_MIN_ROOTS roots.
-    parts: searched in turn, so that a GPU evaluates one while the CPU walks the tree of another.
-    memory, record: a dict that keeps the `Nodes` for the next search with this same network, and what records them.
+class Search:
+    """Searches up to `capacity` roots with a frozen network (`net`, changed in place between searches).
+
+    net: `search_root(obs) -> latent [n, C, H, W], value [n], policy_logits [n, A]`,
+      `search_leaf(latent, action [n] int64, (h, c)) -> latent, (h, c), value_prefix [n], value [n], policy_logits`, and
+      `initial_lstm_state(n, like) -> h, c`, the scalars already transformed back.
+    num_simulations: S; 0 stands for the network's own policy over the legal actions, without a search.
+    record: what records and replays the evaluation of leaves on a GPU, `model.Recorded`; None: nothing.
     """
-    B, A, S = len(latent), policy_logits.shape[-1], num_simulations
-    for name, array, shape in (("legal", legal, (B, A)), ("noise", noise, (B, A)), ("seeds", seeds, (B,))):
-        if array is not None and array.shape != shape:
-            raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
-    if S < 1:
-        raise ValueError(f"num_simulations is {S}, expected at least 1")
-    if legal.dtype != bool or not legal.any(1).all():
-        raise ValueError(f"legal: {legal.dtype}, expected bool; roots without one: {np.flatnonzero(legal.sum(1) == 0)}")
-    illegal = torch.from_numpy(~legal).to(latent.device)
-    zeros = latent.new_zeros(B)
-    prior = pack_outputs(zeros, zeros, policy_logits, illegal, "root").cpu().numpy()[:, 2:]
-    if not np.isfinite(prior).all():
-        raise FloatingPointError("root: the network's outputs are not finite")
-    prior = prior if noise is None else prior * (1 - noise_fraction) + noise * noise_fraction
-    searches, kept = [], {} if memory is None else memory
-    for i, rows in enumerate(np.array_split(np.arange(B), parts)):
-        part, n = slice(rows[0], rows[-1] + 1), len(rows)
-        key = i, n if memory is None else bucket(n), S
-        if key not in kept:
-            recorder = None if memory is None else record
-            kept[key] = Nodes(recurrent, key[1], latent, A, S, lstm_size, recorder)
-        kept[key].start(latent[part], illegal[part])
-        part_seeds = None if seeds is None else seeds[part]
-        searches.append((make_tree(prior[part], legal[part], S, discount=discount, seeds=part_seeds), kept[key]))
-    for s in range(S + 1):
-        for tree, nodes in searches:
-            n = len(tree.roots)
-            outputs = nodes.outputs(n, s - 1) if s > 0 else np.empty((0, 2), np.float32)
-            run_step(tree, s - 1, outputs, s > 0, s < S, threads if n >= PARALLEL_MIN_ROOTS else 1)
-            if s < S:
-                nodes.evaluate(tree.leaf, s)
-    results = []
-    for tree, _ in searches:
-        visits = np.zeros((len(tree.roots), A), np.int32)
-        np.put_along_axis(visits, tree.actions, tree.edges[ROOT, :, VISITS].astype(np.int32), axis=1)
-        results.append((visits, tree.nodes.value_sum[ROOT] / np.float32(S), tree.nodes.depth.max(0)))
-    return SearchResult(*map(np.concatenate, zip(*results, strict=True)))
+
+    def __init__(self, net, num_simulations, capacity, *, discount=0.997**4, c_init=1.25, dirichlet_alpha=0.3,
+                 noise_fraction=0.25, record=None):  # fmt: skip
+        self.net, self.num_simulations, self.capacity = net, num_simulations, capacity
+        self.discount, self.c_init = discount, c_init
+        self.dirichlet_alpha, self.noise_fraction = dirichlet_alpha, noise_fraction
+        self.record = record
+        self.parts = []  # `Nodes`, made at the first search
+
+    @torch.no_grad()
+    def __call__(self, obs, legal, rng, noise):
+        """Searches from obs uint8 [n, 12, 96, 96] -> SearchResult. legal bool [A], or [n, A] if the roots differ.
+
+        rng: breaks ties, and draws the Dirichlet noise that is mixed into the priors of the roots if `noise`.
+        Raises FloatingPointError if the network says something that is not finite.
+        """
+        n, A = len(obs), legal.shape[-1]
+        legal = np.broadcast_to(legal, (n, A))
+        illegal = torch.from_numpy(~legal).to(obs.device)
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.is_cuda):
+            latent, value, policy_logits = self.net.search_root(obs)
+            outputs = pack(torch.zeros_like(value), value, policy_logits, illegal).cpu().numpy()  # [n, 2 + A]
+            if not np.isfinite(outputs).all():
+                raise FloatingPointError("what the network says of a root is not finite")
+            value, prior = outputs[:, 1], outputs[:, 2:]
+            if self.num_simulations == 0:
+                return SearchResult(prior, value, value, np.zeros(n, np.int32))
+            if noise:
+                drawn = dirichlet_noise(rng, legal, self.dirichlet_alpha)
+                prior = (1 - self.noise_fraction) * prior + self.noise_fraction * drawn
+            seeds = rng.integers(1, 2**63, n, dtype=np.uint64)
+            visits, root_value, depth = self.simulate(latent, prior, legal, illegal, seeds)
+        return SearchResult(visits / np.float32(self.num_simulations), value, root_value, depth)
+
+    def simulate(self, latent, prior, legal, illegal, seeds):
+        """The S simulations -> visits [n, A], root value [n], depth [n]. Large searches on a GPU run in two halves: the
+        CPU walks the trees of one while the GPU evaluates the other."""
+        n, A = prior.shape
+        S = self.num_simulations
+        count = 2 if latent.is_cuda and self.capacity >= 2 * PARALLEL_MIN_ROOTS else 1
+        while len(self.parts) < count:
+            record = self.record if latent.is_cuda else None
+            self.parts.append(Nodes(self.net, latent, -(-self.capacity // count), A, S, record))
+        parts, trees = [], []
+        for nodes, rows in zip(self.parts, np.array_split(np.arange(n), min(n, count)), strict=False):
+            part = slice(rows[0], rows[-1] + 1)
+            nodes.start(latent[part], illegal[part])
+            options = {"discount": self.discount, "c_init": self.c_init, "seeds": seeds[part]}
+            trees.append(make_tree(prior[part], legal[part], S, **options))
+            parts.append(part)
+        threads = min(8, os.cpu_count()) if latent.is_cuda and n >= PARALLEL_MIN_ROOTS else 1
+        outputs = np.empty((0, 2), np.float32)
+        for s in range(S + 1):
+            for tree, nodes in zip(trees, self.parts, strict=False):
+                if s > 0:
+                    outputs = nodes.outputs()
+                run_step(tree, s - 1, outputs, s > 0, s < S, threads)
+                if s < S:
+                    nodes.evaluate(tree.leaf, s)
+        visits, root_value, depth = np.zeros((n, A), np.float32), np.zeros(n, np.float32), np.zeros(n, np.int32)
+        for tree, part in zip(trees, parts, strict=True):
+            np.put_along_axis(visits[part], tree.actions, tree.edges[ROOT, :, VISITS], axis=1)
+            root_value[part] = tree.nodes.value_sum[ROOT] / np.float32(S)
+            depth[part] = tree.nodes.depth.max(0)
+        return visits, root_value, depth
