@@ -41,6 +41,49 @@ import model
 
 # Copied from pretrain_teacher.py
 @dataclass
+class Training:
+    unroll_steps: int = 5  # K, steps that the model is unrolled
+    learning_rate: float = 0.2  # of SGD, after a warm-up over 1 % of the run
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 1e-4  # of SGD, on all parameters
+    max_grad_norm: float = 5.0  # the gradient of an update is scaled down to this norm
+    value_prefix_coef: float = 1.0  # weight of the value prefix, the sum of rewards that the model g predicts
+    policy_coef: float = 1.0  # weight of the policy, which the prediction network f learns from searches
+    value_coef: float = 0.25  # weight of the value, which f predicts too
+    consistency_coef: float = 2.0  # weight of the likeness of latents predicted by g and encoded by h
+
+
+# Copied from pretrain_teacher.py
+@dataclass
+class Targets:
+    gamma: float = 0.997**4  # discount per environment step of 4 frames, in targets and searches
+    td_steps: int = 5  # rewards before the bootstrap in a value target
+    clip_rewards: bool = True  # whether rewards are learned by their sign
+    priority_exponent: float = 0.6  # rows are drawn in proportion to priority to this power
+    priority_beta: float = 0.4  # exponent of the importance weights at the start; 1 at 120 % of the run
+
+
+# Copied from pretrain_teacher.py
+@dataclass
+class Search:
+    num_simulations: int = 50  # simulations of a search
+    c_init: float = 1.25  # weight of the prior against the values
+    dirichlet_alpha: float = 0.3  # of the noise in the priors of the roots, not in evaluations
+    dirichlet_fraction: float = 0.25  # share of that noise
+    reanalyze_reuse: int = 4  # how often a stored policy is learned from before its state is searched again, on average
+    target_interval: int = 200  # updates between the networks that search again; each is one to two intervals old
+
+
+# Copied from pretrain_teacher.py
+@dataclass
+class Evaluation:
+    eval_every: int = 10_000  # updates between evaluations
+    eval_episodes: int = 32  # games of an evaluation, played side by side
+    eval_max_frames: int = 108_000  # length at which an evaluation game is cut, in frames (1 step = 4 frames)
+
+
+# Copied from pretrain_teacher.py
+@dataclass
 class Run:
     exp_name: str = os.path.basename(__file__)[: -len(".py")]  # the name of this experiment
     run_dir: str | None = None  # the folder to write; default runs/{env_id}__{exp_name}__{seed}__{time}
@@ -53,64 +96,6 @@ class Run:
     torch_deterministic: bool = True  # whether cuDNN may only use deterministic algorithms
     compile: bool = True  # whether torch.compile fuses the loss, on a GPU
     cudagraphs: bool = True  # whether kernels are recorded once and then replayed, on a GPU
-
-
-# Copied from pretrain_teacher.py
-@dataclass
-class Optimizer:
-    learning_rate: float = 0.2  # of SGD, after a warm-up over 1 % of the run
-    momentum: float = 0.9  # of SGD
-    weight_decay: float = 1e-4  # of SGD, on all parameters
-    max_grad_norm: float = 5.0  # the gradient of an update is scaled down to this norm
-
-
-# Copied from pretrain_teacher.py
-@dataclass
-class Loss:
-    value_prefix_coef: float = 1.0  # weight of the value prefix, the sum of rewards that the model g predicts
-    policy_coef: float = 1.0  # weight of the policy, which the prediction network f learns from searches
-    value_coef: float = 0.25  # weight of the value, which f predicts too
-    consistency_coef: float = 2.0  # weight of the likeness of latents predicted by g and encoded by h
-
-
-# Copied from pretrain_teacher.py
-@dataclass
-class Targets:
-    gamma: float = 0.997**4  # discount per environment step of 4 frames, in targets and searches
-    unroll_steps: int = 5  # K, steps that the model is unrolled in training
-    td_steps: int = 5  # rewards before the bootstrap in a value target
-    clip_rewards: bool = True  # whether rewards are learned by their sign
-
-
-# Copied from pretrain_teacher.py
-@dataclass
-class Reanalyze:
-    reanalyze_reuse: int = 4  # how often a stored policy is learned from before its state is searched again, on average
-    target_interval: int = 200  # updates between target networks; each is one to two intervals old
-
-
-# Copied from pretrain_teacher.py
-@dataclass
-class Priorities:
-    priority_exponent: float = 0.6  # rows are drawn in proportion to priority to this power
-    priority_beta: float = 0.4  # exponent of the importance weights at the start; 1 at 120 % of the run
-
-
-# Copied from pretrain_teacher.py
-@dataclass
-class Search:
-    num_simulations: int = 50  # simulations of a search
-    c_init: float = 1.25  # weight of the prior against the values
-    dirichlet_alpha: float = 0.3  # of the noise in the priors of the roots, not in evaluations
-    dirichlet_fraction: float = 0.25  # share of that noise
-
-
-# Copied from pretrain_teacher.py
-@dataclass
-class Evaluation:
-    eval_every: int = 10_000  # updates between evaluations
-    eval_episodes: int = 32  # games of an evaluation, played side by side
-    eval_max_frames: int = 108_000  # length at which an evaluation game is cut, in frames (1 step = 4 frames)
 
 
 @dataclass
@@ -143,11 +128,8 @@ class Args:
     blocks: int | None = None  # residual blocks per group of the representation network h; default: as above, else 1
     save_dataset: str | None = None  # a new .npz file for what was collected; input of pretrain_teacher.py
     capture_video: bool = False  # whether to write a gif of the first game of each evaluation into the run folder
-    optimizer: Optimizer = group(default_factory=Optimizer)
-    loss: Loss = group(default_factory=Loss)
+    training: Training = group(default_factory=Training)
     targets: Targets = group(default_factory=Targets)
-    reanalyze: Reanalyze = group(default_factory=Reanalyze)
-    priorities: Priorities = group(default_factory=Priorities)
     search: Search = group(default_factory=Search)
     transfer: Transfer = group(default_factory=Transfer)
     evaluation: Evaluation = group(default_factory=Evaluation)
@@ -407,7 +389,7 @@ def unpack_dataset(replay, rows, data):
         first = rows.start + 8 * i
         replay.frames[first : first + len(chunk)] = torch.tensor(chunk).permute(0, 3, 1, 2)
         start = stop
-    for name in ("action", "reward", "acted", "end"):
+    for name in data.keys() & vars(replay).keys() - {"frames"}:  # policy and value too, if a teacher gave them
         getattr(replay, name)[rows] = data[name]
     starts = np.ones(rows.stop - rows.start, bool)  # an episode starts after an end or after a row not acted on
     starts[1:] = (data["end"][:-1] > 0) & data["acted"][1:] | ~data["acted"][:-1]
@@ -429,7 +411,8 @@ def stack_frames(replay, rows):
 
 # Copied from pretrain_teacher.py
 def sample(replay, games, sizes, num_batches, exponent, beta, rng):
-    """Draws `num_batches` = E batches, `sizes[g]` different rows of each game in each, with `P ~ priority^exponent`.
+    """Draws `num_batches` = E batches, each with `sizes[g]` rows of each game, `P ~ priority^exponent`. No row comes
+    twice in a batch, unless its game has fewer rows than that.
 
     -> rows [E, B], importance weights `(N * P)^-beta / max` [E, B], the maximum being of one game in one batch.
     """
@@ -437,9 +420,10 @@ def sample(replay, games, sizes, num_batches, exponent, beta, rng):
     for game, size in zip(games, sizes, strict=True):
         mass = replay.priority[game.rows] ** exponent  # [R of the game]
         probability = mass / mass.sum()
-        draw = functools.partial(rng.choice, len(mass), size, replace=False, p=probability, shuffle=False)
-        drawn = np.stack([draw() for _ in range(num_batches)])  # [E, size]
-        inverse = (np.count_nonzero(mass) * probability[drawn]) ** -beta
+        N = np.count_nonzero(mass)
+        options = {"replace": N < size, "p": probability, "shuffle": False}
+        drawn = np.stack([rng.choice(len(mass), size, **options) for _ in range(num_batches)])  # [E, size]
+        inverse = (N * probability[drawn]) ** -beta
         rows.append(game.rows.start + drawn)
         weight.append(inverse / inverse.max(axis=1, keepdims=True))
     return np.concatenate(rows, axis=1), np.concatenate(weight, axis=1).astype(np.float32)
@@ -468,8 +452,8 @@ def start_games(env_id, replay, streams, seed):
     return Play(envs, streams, np.zeros(E, bool), np.zeros(E), np.zeros(E, np.int64), hashlib.sha256(frames))
 
 
-def play_step(play, replay, action, env_steps):
-    """Takes one step in every environment, action [E], and stores it. New rows have the highest priority there is."""
+def play_step(play, replay, action, env_steps, priority=1.0):
+    """Takes one step in every environment, action [E], and stores it; env_steps: of the run before it."""
     rows = play.newest
     E = len(rows)
     frames, reward, terminated, truncated, info = play.envs.step(action)
@@ -482,6 +466,7 @@ def play_step(play, replay, action, env_steps):
     replay.acted[rows] = acted
     replay.end[rows] = end * acted
     replay.stored_at[rows] = env_steps
+    replay.priority[rows] = priority * acted
     replay.frames[rows + 1] = torch.from_numpy(frames).to(replay.frames.device).permute(0, 3, 1, 2)
     replay.age[rows + 1] = np.where(play.over | (end == LIFE_LOST), 0, replay.age[rows] + 1)
     play.score = np.where(play.over, 0, play.score + reward)
@@ -796,18 +781,16 @@ if __name__ == "__main__":
         raise SystemExit(f"error: --total-timesteps and --extra-updates must be multiples of --num-envs, here {E}")
     if args.total_timesteps and args.num_simulations == 0:
         raise SystemExit("error: --num-simulations 0 only evaluates; training searches, give 1 or more")
-    if args.total_timesteps and min(args.learning_starts, args.total_timesteps) < args.batch_size:
-        raise SystemExit(
-            f"error: --learning-starts and --total-timesteps must be --batch-size {args.batch_size} or more"
-        )
     if args.similarity_updates >= args.similarity_interval:
         raise SystemExit("error: --similarity-updates must be less than --similarity-interval; lower it")
     if args.teachers and not args.cross_task:
         raise SystemExit("error: --teachers are not used with --no-cross-task; leave one of the two out")
     if (args.freeze_representation or args.transfer != "hgf") and not args.pretrained:
         raise SystemExit("error: --freeze-representation and --transfer need --pretrained; give its folder")
-    if args.save_dataset and (not args.save_dataset.endswith(".npz") or os.path.exists(args.save_dataset)):
-        raise SystemExit(f"error: --save-dataset is {args.save_dataset}, expected the name of a new .npz file")
+    if args.save_dataset:
+        if not args.save_dataset.endswith(".npz") or os.path.exists(args.save_dataset) and not args.resume:
+            raise SystemExit(f"error: --save-dataset is {args.save_dataset}, expected the name of a new .npz file")
+        os.makedirs(os.path.dirname(args.save_dataset) or ".", exist_ok=True)
 
     # TRY NOT TO MODIFY: seeding
     torch.manual_seed(args.seed)
@@ -843,16 +826,9 @@ if __name__ == "__main__":
     for data in datasets:
         if data["env_id"] == args.env_id:
             raise SystemExit(f"error: --env-id {args.env_id} is one of the offline games; choose a game that is not")
-        if np.count_nonzero(data["acted"]) < sizes[1]:
-            raise SystemExit(
-                f"error: the data of {data['env_id']} have fewer than {sizes[1]} steps; lower --offline-batch-size"
-            )
     legal = legal_actions(args.env_id)  # [A]
     stream_length = args.total_timesteps // E + 1
     replay, games = make_replay(datasets, E * stream_length, device)
-    for game, data in zip(games, datasets, strict=True):
-        replay.policy[game.rows] = data["policy"]
-        replay.value[game.rows] = data["value"]
     own = slice(len(replay.action) - E * stream_length, len(replay.action))  # rows of the target game
     games = [Game(args.env_id, own, legal), *games]
     loss_function = torch.compile(unroll_loss) if args.compile else unroll_loss
@@ -865,12 +841,13 @@ if __name__ == "__main__":
     run_name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = args.run_dir or f"runs/{run_name}"
     lock, checkpoint = model.open_run(args, run_dir, MAY_CHANGE)
-    play = start_games(args.env_id, replay, np.arange(own.start, own.stop, stream_length), seed=1000 * args.seed)
+    streams = np.arange(own.start, own.stop, stream_length)  # [E] first rows
+    play = start_games(args.env_id, replay, streams, seed=1000 * (1 + args.seed) % 2_000_000_000)
+    random_steps = 0 if args.pretrained else args.learning_starts
     updates = env_steps = 0
     eta = torch.ones(m, device=device)  # weight of each offline game
     similar = torch.zeros(m, device=device)  # in how many of the `measured` updates its gradient was similar
     measured = 0
-    result = None  # of the latest search of self-play
     scores = {}  # mean return of the last evaluation
     evaluations = "env_steps,updates,episode,return,length,env_id\n"
     learners = {"net": net, "player": player.net, "target": target.net, "next_target": next_target_net}
@@ -887,10 +864,14 @@ if __name__ == "__main__":
             learner.load_state_dict(checkpoint[name])
         rng.bit_generator.state = checkpoint["rng"]
         generator.set_state(checkpoint["generator"])
-        for name in ("priority", "policy", "value", "turn"):
-            getattr(replay, name)[:] = checkpoint[name].numpy()
+        for name in ("policy", "value", "turn"):
+            getattr(replay, name)[own] = checkpoint[name].numpy()
+        replay.priority[:] = checkpoint["priority"].numpy()
         eta, similar, measured = checkpoint["eta"].to(device), checkpoint["similar"].to(device), checkpoint["measured"]
         updates, scores, evaluations = checkpoint["updates"], checkpoint["scores"], checkpoint["evaluations"]
+
+    folders = [os.path.relpath(os.path.realpath(folder), os.path.realpath(run_dir)) for folder in teachers]
+    info = {"args": vars(args), "env_ids": [game.env_id for game in games], "teachers": folders}
 
     def due(every):
         return updates % every < E
@@ -904,15 +885,13 @@ if __name__ == "__main__":
         last = updates == total_updates
         evaluating = last or due(args.eval_every)
         if updates > start_updates and (evaluating or due(args.checkpoint_every)):
-            if not all(parameter.isfinite().all() for parameter in parameters):
-                raise SystemExit(f"error: weights are not finite at update {updates}; try a lower --learning-rate")
             writer.flush()
             checkpoint = {name: learner.state_dict() for name, learner in learners.items()}
             checkpoint |= {"rng": rng.bit_generator.state, "generator": generator.get_state(), "args": vars(args)}
-            for name in ("priority", "policy", "value", "turn"):
-                checkpoint[name] = torch.from_numpy(getattr(replay, name))
-            actions = replay.action[own].reshape(E, stream_length)[:, : env_steps // E]
-            checkpoint |= {"actions": torch.from_numpy(actions.T.copy()), "checksum": play.checksum.hexdigest()}
+            checkpoint |= {name: torch.from_numpy(getattr(replay, name)[own]) for name in ("policy", "value", "turn")}
+            actions = replay.action[own].reshape(E, stream_length)[:, : env_steps // E].T.copy()
+            checkpoint |= {"actions": torch.from_numpy(actions), "checksum": play.checksum.hexdigest()}
+            checkpoint |= {"priority": torch.from_numpy(replay.priority)}
             checkpoint |= {"eta": eta, "similar": similar, "measured": measured, "datasets": checksums}
             checkpoint |= {"updates": updates, "scores": scores, "evaluations": evaluations}
             with model.whole_file(f"{run_dir}/checkpoint.pt") as file:
@@ -925,33 +904,30 @@ if __name__ == "__main__":
             scores = {args.env_id: float(returns.mean())}
             with model.whole_file(f"{run_dir}/evaluations.csv") as file:
                 file.write(evaluations.encode())
-            folders = [os.path.relpath(os.path.realpath(folder), os.path.realpath(run_dir)) for folder in teachers]
-            info = {"args": vars(args), "env_ids": [game.env_id for game in games], "teachers": folders}
-            model.save_model(f"{run_dir}/model.pt", net, **info, updates=updates, env_steps=env_steps, scores=scores)
+            counters = {"updates": updates, "env_steps": env_steps, "scores": scores}
+            model.save_model(f"{run_dir}/model.pt", net, **info, **counters)
             if movie:
                 save_gif(f"{run_dir}/video-{updates}.gif", movie)
         if last:
             break
 
-        random_start = args.pretrained is None and env_steps < args.learning_starts
+        result = None  # of the latest search of self-play
+        temperature = temperature_at(updates, args.total_timesteps)
         if due(args.selfplay_interval):
             model.refresh(player.net, net)
-            if not random_start:
+            if env_steps >= random_steps:
                 result = reanalyze(player, replay, play.newest, legal, rng, noise=True)
         while env_steps < min(args.total_timesteps, max(args.learning_starts, updates + E)):
             # ALGO LOGIC: put action logic here
-            if random_start:
+            if env_steps < random_steps:
                 action = rng.choice(np.flatnonzero(legal), E)
             else:
-                action = select_actions(replay.policy[play.newest], temperature_at(updates, args.total_timesteps), rng)
+                action = select_actions(replay.policy[play.newest], temperature, rng)
 
             # TRY NOT TO MODIFY: execute the game and log data.
-            priority = replay.priority[own].max() or 1.0
-            play_step(play, replay, action, env_steps)
-            replay.priority[play.newest - 1] = priority * replay.acted[play.newest - 1]
+            play_step(play, replay, action, env_steps, priority=replay.priority[own].max() or 1.0)
             env_steps += E
-            random_start = args.pretrained is None and env_steps < args.learning_starts
-            if not random_start:
+            if env_steps >= random_steps:
                 result = reanalyze(player, replay, play.newest, legal, rng, noise=True)
             for env in np.flatnonzero(play.over):
                 writer.add_scalar("charts/episodic_return", play.score[env], updates)
@@ -1005,7 +981,8 @@ if __name__ == "__main__":
                 writer.add_scalar(f"transfer/task_weight/{game.env_id}", value, updates)
             writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], updates)
             writer.add_scalar("charts/beta", beta, updates)
-            writer.add_scalar("charts/temperature", temperature_at(updates, args.total_timesteps), updates)
+            writer.add_scalar("charts/temperature", temperature, updates)
+            writer.add_scalar("charts/mean_weight", weight.mean(), updates)
             writer.add_scalar("charts/env_steps", env_steps, updates)
             writer.add_scalar("charts/SPS", (updates + E - start_updates) / (time.time() - start_time), updates)
             if result:
@@ -1013,7 +990,7 @@ if __name__ == "__main__":
     play.envs.close()
     writer.close()
 
-    if args.save_dataset:
+    if args.save_dataset and not os.path.exists(args.save_dataset):
         save_dataset(args.save_dataset, replay, own, args.env_id)
         print(f"{args.save_dataset}: dataset saved. Next: python pretrain_teacher.py --datasets {args.save_dataset}")
     print(f"{run_dir}: agent saved. Next: tensorboard --logdir {run_dir}")

@@ -38,6 +38,45 @@ import model
 
 
 @dataclass
+class Training:
+    unroll_steps: int = 5  # K, steps that the model is unrolled
+    learning_rate: float = 0.2  # of SGD, after a warm-up over 1 % of the run
+    momentum: float = 0.9  # of SGD
+    weight_decay: float = 1e-4  # of SGD, on all parameters
+    max_grad_norm: float = 5.0  # the gradient of an update is scaled down to this norm
+    value_prefix_coef: float = 1.0  # weight of the value prefix, the sum of rewards that the model g predicts
+    policy_coef: float = 1.0  # weight of the policy, which the prediction network f learns from searches
+    value_coef: float = 0.25  # weight of the value, which f predicts too
+    consistency_coef: float = 2.0  # weight of the likeness of latents predicted by g and encoded by h
+
+
+@dataclass
+class Targets:
+    gamma: float = 0.997**4  # discount per environment step of 4 frames, in targets and searches
+    td_steps: int = 5  # rewards before the bootstrap in a value target
+    clip_rewards: bool = True  # whether rewards are learned by their sign
+    priority_exponent: float = 0.6  # rows are drawn in proportion to priority to this power
+    priority_beta: float = 0.4  # exponent of the importance weights at the start; 1 at 120 % of the run
+
+
+@dataclass
+class Search:
+    num_simulations: int = 50  # simulations of a search
+    c_init: float = 1.25  # weight of the prior against the values
+    dirichlet_alpha: float = 0.3  # of the noise in the priors of the roots, not in evaluations
+    dirichlet_fraction: float = 0.25  # share of that noise
+    reanalyze_reuse: int = 4  # how often a stored policy is learned from before its state is searched again, on average
+    target_interval: int = 200  # updates between the networks that search again; each is one to two intervals old
+
+
+@dataclass
+class Evaluation:
+    eval_every: int = 10_000  # updates between evaluations
+    eval_episodes: int = 32  # games of an evaluation, played side by side
+    eval_max_frames: int = 108_000  # length at which an evaluation game is cut, in frames (1 step = 4 frames)
+
+
+@dataclass
 class Run:
     exp_name: str = os.path.basename(__file__)[: -len(".py")]  # the name of this experiment
     run_dir: str | None = None  # the folder to write; default runs/{env_id}__{exp_name}__{seed}__{time}
@@ -53,57 +92,6 @@ class Run:
 
 
 @dataclass
-class Optimizer:
-    learning_rate: float = 0.2  # of SGD, after a warm-up over 1 % of the run
-    momentum: float = 0.9  # of SGD
-    weight_decay: float = 1e-4  # of SGD, on all parameters
-    max_grad_norm: float = 5.0  # the gradient of an update is scaled down to this norm
-
-
-@dataclass
-class Loss:
-    value_prefix_coef: float = 1.0  # weight of the value prefix, the sum of rewards that the model g predicts
-    policy_coef: float = 1.0  # weight of the policy, which the prediction network f learns from searches
-    value_coef: float = 0.25  # weight of the value, which f predicts too
-    consistency_coef: float = 2.0  # weight of the likeness of latents predicted by g and encoded by h
-
-
-@dataclass
-class Targets:
-    gamma: float = 0.997**4  # discount per environment step of 4 frames, in targets and searches
-    unroll_steps: int = 5  # K, steps that the model is unrolled in training
-    td_steps: int = 5  # rewards before the bootstrap in a value target
-    clip_rewards: bool = True  # whether rewards are learned by their sign
-
-
-@dataclass
-class Priorities:
-    priority_exponent: float = 0.6  # rows are drawn in proportion to priority to this power
-    priority_beta: float = 0.4  # exponent of the importance weights at the start; 1 at 120 % of the run
-
-
-@dataclass
-class Search:
-    num_simulations: int = 50  # simulations of a search
-    c_init: float = 1.25  # weight of the prior against the values
-    dirichlet_alpha: float = 0.3  # of the noise in the priors of the roots, not in evaluations
-    dirichlet_fraction: float = 0.25  # share of that noise
-
-
-@dataclass
-class Reanalyze:
-    reanalyze_reuse: int = 4  # how often a stored policy is learned from before its state is searched again, on average
-    target_interval: int = 200  # updates between target networks; each is one to two intervals old
-
-
-@dataclass
-class Evaluation:
-    eval_every: int = 10_000  # updates between evaluations
-    eval_episodes: int = 32  # games of an evaluation, played side by side
-    eval_max_frames: int = 108_000  # length at which an evaluation game is cut, in frames (1 step = 4 frames)
-
-
-@dataclass
 class Args:
     datasets: tuple[str, ...] = ()  # dataset files: one for a teacher, several for the baseline of Appendix C
     seed: int = 1  # seed of the experiment
@@ -112,11 +100,8 @@ class Args:
     batch_size: int = 256  # samples per update, shared evenly among the datasets
     channels: int = 64  # channels of the latent; LSTM and projector scale with them
     blocks: int = 4  # residual blocks per group of the representation network h (1: EfficientZero; 4: -L and XTRA)
-    optimizer: Optimizer = group(default_factory=Optimizer)
-    loss: Loss = group(default_factory=Loss)
+    training: Training = group(default_factory=Training)
     targets: Targets = group(default_factory=Targets)
-    reanalyze: Reanalyze = group(default_factory=Reanalyze)
-    priorities: Priorities = group(default_factory=Priorities)
     search: Search = group(default_factory=Search)
     evaluation: Evaluation = group(default_factory=Evaluation)
     run: Run = group(default_factory=Run)
@@ -333,7 +318,7 @@ def unpack_dataset(replay, rows, data):
         first = rows.start + 8 * i
         replay.frames[first : first + len(chunk)] = torch.tensor(chunk).permute(0, 3, 1, 2)
         start = stop
-    for name in ("action", "reward", "acted", "end"):
+    for name in data.keys() & vars(replay).keys() - {"frames"}:  # policy and value too, if a teacher gave them
         getattr(replay, name)[rows] = data[name]
     starts = np.ones(rows.stop - rows.start, bool)  # an episode starts after an end or after a row not acted on
     starts[1:] = (data["end"][:-1] > 0) & data["acted"][1:] | ~data["acted"][:-1]
@@ -353,7 +338,8 @@ def stack_frames(replay, rows):
 
 
 def sample(replay, games, sizes, num_batches, exponent, beta, rng):
-    """Draws `num_batches` = E batches, `sizes[g]` different rows of each game in each, with `P ~ priority^exponent`.
+    """Draws `num_batches` = E batches, each with `sizes[g]` rows of each game, `P ~ priority^exponent`. No row comes
+    twice in a batch, unless its game has fewer rows than that.
 
     -> rows [E, B], importance weights `(N * P)^-beta / max` [E, B], the maximum being of one game in one batch.
     """
@@ -361,9 +347,10 @@ def sample(replay, games, sizes, num_batches, exponent, beta, rng):
     for game, size in zip(games, sizes, strict=True):
         mass = replay.priority[game.rows] ** exponent  # [R of the game]
         probability = mass / mass.sum()
-        draw = functools.partial(rng.choice, len(mass), size, replace=False, p=probability, shuffle=False)
-        drawn = np.stack([draw() for _ in range(num_batches)])  # [E, size]
-        inverse = (np.count_nonzero(mass) * probability[drawn]) ** -beta
+        N = np.count_nonzero(mass)
+        options = {"replace": N < size, "p": probability, "shuffle": False}
+        drawn = np.stack([rng.choice(len(mass), size, **options) for _ in range(num_batches)])  # [E, size]
+        inverse = (N * probability[drawn]) ** -beta
         rows.append(game.rows.start + drawn)
         weight.append(inverse / inverse.max(axis=1, keepdims=True))
     return np.concatenate(rows, axis=1), np.concatenate(weight, axis=1).astype(np.float32)
@@ -598,9 +585,6 @@ if __name__ == "__main__":
     datasets = [read_dataset(path) for path in args.datasets]
     checksums = [data["checksum"] for data in datasets]
     sizes = m * [args.batch_size // m]  # samples of each game in a batch
-    for path, data in zip(args.datasets, datasets, strict=True):
-        if np.count_nonzero(data["acted"]) < sizes[0]:
-            raise SystemExit(f"error: dataset {path} has fewer steps than its share of --batch-size; lower that")
     replay, games = make_replay(datasets, 0, device)
     env_ids = [game.env_id for game in games]
     quota = -(-E * sizes[0] * (args.unroll_steps + 1) // args.reanalyze_reuse)  # states searched in a cycle, per game
@@ -653,8 +637,6 @@ if __name__ == "__main__":
         last = updates == args.num_updates
         evaluating = last or due(args.eval_every)
         if updates > start_updates and (evaluating or due(args.checkpoint_every)):
-            if not all(parameter.isfinite().all() for parameter in parameters):
-                raise SystemExit(f"error: weights are not finite at update {updates}; try a lower --learning-rate")
             writer.flush()
             checkpoint = {name: learner.state_dict() for name, learner in learners.items()}
             checkpoint |= {"rng": rng.bit_generator.state, "generator": generator.get_state(), "args": vars(args)}
@@ -711,6 +693,7 @@ if __name__ == "__main__":
                 writer.add_scalar(f"losses/{name}_loss", term.mean().item(), updates)
             writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], updates)
             writer.add_scalar("charts/beta", beta, updates)
+            writer.add_scalar("charts/mean_weight", weight.mean(), updates)
             speed = (updates + E - start_updates) / (time.time() - start_time)
             writer.add_scalar("charts/updates_per_second", speed, updates)
             log_search(writer, result, updates)
