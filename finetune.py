@@ -308,6 +308,7 @@ def save_dataset(path, replay, rows, env_id):
     arrays["action"] = replay.action[rows].astype(np.uint8)
     arrays["frames"] = np.frombuffer(b"".join(chunks), np.uint8)
     arrays["chunk_ends"] = np.cumsum([len(chunk) for chunk in chunks])
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with model.whole_file(path) as file:
         np.savez(file, env_id=env_id, **arrays)
 
@@ -787,10 +788,9 @@ if __name__ == "__main__":
         raise SystemExit("error: --teachers are not used with --no-cross-task; leave one of the two out")
     if (args.freeze_representation or args.transfer != "hgf") and not args.pretrained:
         raise SystemExit("error: --freeze-representation and --transfer need --pretrained; give its folder")
-    if args.save_dataset:
-        if not args.save_dataset.endswith(".npz") or os.path.exists(args.save_dataset) and not args.resume:
-            raise SystemExit(f"error: --save-dataset is {args.save_dataset}, expected the name of a new .npz file")
-        os.makedirs(os.path.dirname(args.save_dataset) or ".", exist_ok=True)
+    exists = os.path.exists(args.save_dataset or "")
+    if args.save_dataset and (not args.save_dataset.endswith(".npz") or exists and not args.resume):
+        raise SystemExit(f"error: --save-dataset is {args.save_dataset}, expected the name of a new .npz file")
 
     # TRY NOT TO MODIFY: seeding
     torch.manual_seed(args.seed)
@@ -833,8 +833,8 @@ if __name__ == "__main__":
     games = [Game(args.env_id, own, legal), *games]
     loss_function = torch.compile(unroll_loss) if args.compile else unroll_loss
     coefficients = {name: getattr(args, f"{name}_coef") for name in ("value_prefix", "policy", "value", "consistency")}
-    measure_batch = functools.partial(transfer_learn, net, unroll_loss, coefficients, sizes, args.paper_loss)
     learn_batch = functools.partial(transfer_learn, net, loss_function, coefficients, sizes, args.paper_loss)
+    measure_batch = functools.partial(learn_batch, measure=True)  # m + 2 passes through one loss: not recorded
     learn_batch = record(learn_batch) if record else learn_batch
 
     # the run folder, the games, and if the run goes on, all that it had
@@ -953,14 +953,13 @@ if __name__ == "__main__":
             phase = update % args.similarity_interval
             if phase == args.similarity_updates and measured:
                 eta, similar, measured = similar / measured, torch.zeros_like(similar), 0
-            if m and args.task_weights and update >= args.similarity_start and phase < args.similarity_updates:
-                loss, terms, priority, cosines = measure_batch(batch, eta, measure=True)  # m + 2 passes: not recorded
+            measure = m and args.task_weights and update >= args.similarity_start and phase < args.similarity_updates
+            loss, terms, priority, cosines = (measure_batch if measure else learn_batch)(batch, eta)
+            if measure:
                 similar = similar + (cosines > args.similarity_threshold)
                 measured += 1
                 for game, cosine in zip(games[1:], cosines.tolist(), strict=True):
                     writer.add_scalar(f"transfer/grad_cosine/{game.env_id}", cosine, update)
-            else:
-                loss, terms, priority, _ = learn_batch(batch, eta)
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.param_groups[0]["lr"] = learning_rate_at(update, args.total_timesteps, args.learning_rate)
             optimizer.step()
@@ -968,8 +967,7 @@ if __name__ == "__main__":
         numbers = torch.stack(numbers).cpu().numpy()  # [E, B + offline + 2]: the cycle's only wait but the searches'
         if not np.isfinite(numbers).all():
             raise SystemExit(f"error: the loss is not finite after update {updates}; try a lower --learning-rate")
-        for drawn, new in zip(rows, numbers[:, :-2], strict=True):
-            replay.priority[drawn] = new
+        replay.priority[rows] = numbers[:, :-2]  # of a row that came in several updates the latest stays
 
         if due(log_every):
             writer.add_scalar("losses/loss", numbers[-1, -2], updates)

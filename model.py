@@ -336,10 +336,14 @@ class Recorded:
                     self.results = self.function(*self.inputs)
             finally:
                 gc.enable()
-        for places, x in zip(self.inputs, inputs, strict=True):
-            torch._foreach_copy_(*((places, x) if isinstance(x, tuple) else ([places], [x])))
+        for place, x in zip(tensors_in(self.inputs), tensors_in(inputs), strict=True):
+            place.copy_(x)
         self.graph.replay()
         return self.results
+
+
+def tensors_in(inputs):
+    return [tensor for x in inputs for tensor in (x if isinstance(x, tuple) else (x,))]
 
 
 # --- augmentation ---

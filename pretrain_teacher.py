@@ -684,8 +684,7 @@ if __name__ == "__main__":
         numbers = torch.stack(numbers).cpu().numpy()  # [E, B + 2]: the only wait for a GPU in a cycle but the search's
         if not np.isfinite(numbers).all():
             raise SystemExit(f"error: the loss is not finite after update {updates}; try a lower --learning-rate")
-        for drawn, new in zip(rows, numbers[:, :-2], strict=True):
-            replay.priority[drawn] = new
+        replay.priority[rows] = numbers[:, :-2]  # of a row that came in several updates the latest stays
 
         if due(log_every):
             writer.add_scalar("losses/loss", numbers[-1, -2], updates)
