@@ -277,13 +277,14 @@ def read_dataset(path):
         raise SystemExit(f"error: {path} has no {', '.join(sorted(names - data.keys()))}; give a dataset")
     data["env_id"] = str(data["env_id"])
     R = len(data["action"])
-    last_frames = (data["end"][:-1] >= GAME_OVER) <= ~data["acted"][1:]
+    if R == 0 or {len(data[name]) for name in by_row} != {R} or len(data["chunk_ends"]) != -(-R // 8):
+        raise SystemExit(f"error: dataset {path} has not one entry per frame and a chunk for every 8; write it again")
+    is_last = np.append(False, data["end"][:-1] >= GAME_OVER)  # [R] the last frame of a game, or of the data
+    is_last[-1] = True
     problems = {
-        "its arrays have not one entry per frame": {len(data[name]) for name in by_row} != {R} or R == 0,
-        "its chunks are not of 8 frames": len(data["chunk_ends"]) != -(-R // 8),
         "actions are not ALE ids, 0 to 17": (data["action"] >= 18).any(),
         "rewards are not finite": not np.isfinite(data["reward"]).all(),
-        "a game's last frame is missing (a row with acted = False after its end)": not last_frames.all(),
+        "a last frame is missing (a row with acted = False after a game and at the end)": data["acted"][is_last].any(),
     }
     for problem, found in problems.items():
         if found:
@@ -302,7 +303,11 @@ def read_teacher(folder):
     data = read_dataset(path)
     if data["checksum"] != str(answers["checksum"]):
         raise SystemExit(f"error: {folder} has answers to other data than {path}; run the teacher again")
-    return data | {"policy": answers["policy"], "value": answers["value"], "score": float(answers["score"])}
+    for name in ("policy", "value"):
+        data[name] = answers[name]
+        data["checksum"] = hashlib.sha256(data["checksum"].encode() + answers[name].tobytes()).hexdigest()
+    data["score"] = float(answers["score"])
+    return data
 
 
 # Copied from pretrain_teacher.py
@@ -493,7 +498,7 @@ def cloning_loss(net, batch, coefficients):
 
 
 # Copied from pretrain_teacher.py
-def learn(net, loss_function, coefficients, batch):
+def learn(net, loss_function, batch, *, coefficients):
     """One pass forward and back; afterwards the parameters' `.grad` is that of `mean(weight * total) / K`.
 
     -> K times that loss, the terms and the priority of each sample.
@@ -596,7 +601,7 @@ if __name__ == "__main__":
     loss_function = cloning_loss if cloning else unroll_loss
     loss_function = torch.compile(loss_function) if args.compile else loss_function
     coefficients = {name: getattr(args, f"{name}_coef") for name in ("value_prefix", "policy", "value", "consistency")}
-    learn_batch = functools.partial(learn, net, loss_function, coefficients)
+    learn_batch = functools.partial(learn, net, loss_function, coefficients=coefficients)
     learn_batch = record(learn_batch) if record else learn_batch
     unroll_steps = 1 if cloning else args.unroll_steps  # cloning unrolls nothing: its loss is not divided by K
 

@@ -326,13 +326,14 @@ def read_dataset(path):
         raise SystemExit(f"error: {path} has no {', '.join(sorted(names - data.keys()))}; give a dataset")
     data["env_id"] = str(data["env_id"])
     R = len(data["action"])
-    last_frames = (data["end"][:-1] >= GAME_OVER) <= ~data["acted"][1:]
+    if R == 0 or {len(data[name]) for name in by_row} != {R} or len(data["chunk_ends"]) != -(-R // 8):
+        raise SystemExit(f"error: dataset {path} has not one entry per frame and a chunk for every 8; write it again")
+    is_last = np.append(False, data["end"][:-1] >= GAME_OVER)  # [R] the last frame of a game, or of the data
+    is_last[-1] = True
     problems = {
-        "its arrays have not one entry per frame": {len(data[name]) for name in by_row} != {R} or R == 0,
-        "its chunks are not of 8 frames": len(data["chunk_ends"]) != -(-R // 8),
         "actions are not ALE ids, 0 to 17": (data["action"] >= 18).any(),
         "rewards are not finite": not np.isfinite(data["reward"]).all(),
-        "a game's last frame is missing (a row with acted = False after its end)": not last_frames.all(),
+        "a last frame is missing (a row with acted = False after a game and at the end)": data["acted"][is_last].any(),
     }
     for problem, found in problems.items():
         if found:
@@ -352,7 +353,11 @@ def read_teacher(folder):
     data = read_dataset(path)
     if data["checksum"] != str(answers["checksum"]):
         raise SystemExit(f"error: {folder} has answers to other data than {path}; run the teacher again")
-    return data | {"policy": answers["policy"], "value": answers["value"], "score": float(answers["score"])}
+    for name in ("policy", "value"):
+        data[name] = answers[name]
+        data["checksum"] = hashlib.sha256(data["checksum"].encode() + answers[name].tobytes()).hexdigest()
+    data["score"] = float(answers["score"])
+    return data
 
 
 # Copied from pretrain_teacher.py
@@ -663,7 +668,7 @@ def gradient_cosines(target_loss, task_losses, parameters):
     return torch.stack([F.cosine_similarity(target, flat_gradient(loss), dim=0) for loss in task_losses])
 
 
-def transfer_learn(net, loss_function, coefficients, sizes, paper_loss, batch, eta, measure=False):
+def transfer_learn(net, loss_function, batch, eta, *, coefficients, sizes, paper_loss, measure=False):
     """As `learn`, for a mixed batch: `sizes[g]` samples of each game, the target game first. Its loss is that of
     `combine_losses` on the games' means. measure: also `gradient_cosines` [m] of the offline games, else they are 0."""
     K = batch.action.shape[1]
@@ -833,8 +838,9 @@ if __name__ == "__main__":
     games = [Game(args.env_id, own, legal), *games]
     loss_function = torch.compile(unroll_loss) if args.compile else unroll_loss
     coefficients = {name: getattr(args, f"{name}_coef") for name in ("value_prefix", "policy", "value", "consistency")}
-    learn_batch = functools.partial(transfer_learn, net, loss_function, coefficients, sizes, args.paper_loss)
-    measure_batch = functools.partial(learn_batch, measure=True)  # m + 2 passes through one loss: not recorded
+    settings = {"coefficients": coefficients, "sizes": sizes, "paper_loss": args.paper_loss}
+    learn_batch = functools.partial(transfer_learn, net, loss_function, **settings)
+    measure_batch = functools.partial(transfer_learn, net, unroll_loss, **settings, measure=True)  # never recorded
     learn_batch = record(learn_batch) if record else learn_batch
 
     # the run folder, the games, and if the run goes on, all that it had

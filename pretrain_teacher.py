@@ -270,13 +270,14 @@ def read_dataset(path):
         raise SystemExit(f"error: {path} has no {', '.join(sorted(names - data.keys()))}; give a dataset")
     data["env_id"] = str(data["env_id"])
     R = len(data["action"])
-    last_frames = (data["end"][:-1] >= GAME_OVER) <= ~data["acted"][1:]
+    if R == 0 or {len(data[name]) for name in by_row} != {R} or len(data["chunk_ends"]) != -(-R // 8):
+        raise SystemExit(f"error: dataset {path} has not one entry per frame and a chunk for every 8; write it again")
+    is_last = np.append(False, data["end"][:-1] >= GAME_OVER)  # [R] the last frame of a game, or of the data
+    is_last[-1] = True
     problems = {
-        "its arrays have not one entry per frame": {len(data[name]) for name in by_row} != {R} or R == 0,
-        "its chunks are not of 8 frames": len(data["chunk_ends"]) != -(-R // 8),
         "actions are not ALE ids, 0 to 17": (data["action"] >= 18).any(),
         "rewards are not finite": not np.isfinite(data["reward"]).all(),
-        "a game's last frame is missing (a row with acted = False after its end)": not last_frames.all(),
+        "a last frame is missing (a row with acted = False after a game and at the end)": data["acted"][is_last].any(),
     }
     for problem, found in problems.items():
         if found:
@@ -494,7 +495,7 @@ def unroll_loss(net, batch, coefficients):
     return total, terms, priority
 
 
-def learn(net, loss_function, coefficients, batch):
+def learn(net, loss_function, batch, *, coefficients):
     """One pass forward and back; afterwards the parameters' `.grad` is that of `mean(weight * total) / K`.
 
     -> K times that loss, the terms and the priority of each sample.
@@ -603,7 +604,7 @@ if __name__ == "__main__":
     next_target_net = model.inference_copy(net)
     loss_function = torch.compile(unroll_loss) if args.compile else unroll_loss
     coefficients = {name: getattr(args, f"{name}_coef") for name in ("value_prefix", "policy", "value", "consistency")}
-    learn_batch = functools.partial(learn, net, loss_function, coefficients)
+    learn_batch = functools.partial(learn, net, loss_function, coefficients=coefficients)
     learn_batch = record(learn_batch) if record else learn_batch
 
     # the run folder, and if the run goes on, all that it had

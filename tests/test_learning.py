@@ -55,17 +55,17 @@ def curves(tmp_path_factory):
             return pool.submit(start, folder, script, flags, run_dir)
 
         for future in [
-            submit("finetune.py", f"{ONLINE}{game} --total-timesteps 600 --save-dataset data-{game}", game)
+            submit("finetune.py", f"{ONLINE}{game} --total-timesteps 600 --save-dataset data-{game}.npz", game)
             for game in SOURCES
         ]:
             future.result()
         for future in [
-            submit("pretrain_teacher.py", f"--datasets data-{game} --num-updates 700", f"teacher-{game}")
+            submit("pretrain_teacher.py", f"--datasets data-{game}.npz --num-updates 704", f"teacher-{game}")
             for game in SOURCES
         ]:
             future.result()
         teachers = " ".join(f"teacher-{game}" for game in SOURCES)
-        student = submit("distill.py", f"--teachers {teachers} --num-updates 500", "student")
+        student = submit("distill.py", f"--teachers {teachers} --num-updates 504", "student")
         scratch = f"{ONLINE}{TARGET} --eval-every 50 --total-timesteps {SCRATCH_STEPS}"
         futures = [submit("finetune.py", f"{scratch} --seed {seed}", f"scratch-{seed}") for seed in SEEDS]
         student.result()

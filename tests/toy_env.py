@@ -62,6 +62,26 @@ class Catch(gym.Env):
         return self.colours[cells].repeat(96 // ROWS, axis=0).repeat(96 // COLUMNS, axis=1)  # (96, 96, 3)
 
 
+class NoReward(gym.Env):
+    """Every frame is new and nothing ever pays: whatever a policy prefers here, it made up."""
+
+    observation_space = gym.spaces.Box(0, 255, (96, 96, 3), np.uint8)
+    action_space = gym.spaces.Discrete(18)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps_left = 32
+        return self._frame(), {}
+
+    def step(self, action):
+        self.steps_left -= 1
+        return self._frame(), 0.0, self.steps_left == 0, False, {}
+
+    def _frame(self):
+        cells = self.np_random.integers(256, size=(3, 3, 3), dtype=np.uint8)
+        return cells.repeat(32, axis=0).repeat(32, axis=1)
+
+
 class TooManyActions(Catch):
     """Refused: for the tests of the error messages, like the next one."""
 
@@ -74,6 +94,7 @@ class WrongShape(Catch):
 
 for env_id, variant in VARIANTS.items():
     gym.register(env_id, entry_point=Catch, kwargs=variant)
+gym.register("NoReward-v0", entry_point=NoReward)
 gym.register("TooManyActions-v0", entry_point=TooManyActions, kwargs=VARIANTS["Catch-v0"])
 gym.register("WrongShape-v0", entry_point=WrongShape, kwargs=VARIANTS["Catch-v0"])
 # Gymnasium takes Catch-v0 for an old version of Catch-v2 and says so on each use
