@@ -4,9 +4,10 @@
     python distill.py --teachers runs/teacher-alien runs/teacher-amidar --run-dir runs/student
 
 In: the run folders of `pretrain_teacher.py`. Out: a run folder with the student (model.pt), which names its teachers.
-Tasks are sampled uniformly; policies and values are the teachers', stored once per state, so no search runs in
-training; value prefix and consistency come from the data. `--policy-target actions` trains the behaviour-cloning
-baseline of Table 1 instead: cross-entropy on the dataset's actions, acted on without a search.
+Tasks are sampled uniformly. Learned are the teacher's policy of each state, searched once and stored, and as a value 5
+rewards of the data and then the teacher's value; value prefix and consistency come from the data. So no search runs in
+training. `--policy-target actions` trains the behaviour-cloning baseline of Table 1 instead: cross-entropy on the
+dataset's actions, acted on without a search.
 
 Letters: B batch, m games, K unroll steps, A actions (the 18 ALE ids), R rows of the replay, E updates of a cycle.
 The x-axis is updates; there are no environment steps outside evaluation.
@@ -17,8 +18,7 @@ import hashlib
 import os
 import re
 import time
-from dataclasses import dataclass, is_dataclass
-from dataclasses import field as group
+from dataclasses import dataclass, field, is_dataclass
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
@@ -98,10 +98,10 @@ class Args:
     blocks: int = 4  # residual blocks per group of the representation network h (1: EfficientZero; 4: -L and XTRA)
     num_simulations: int = 50  # simulations of a search (evaluation only; behaviour cloning uses none)
     c_init: float = 1.25  # weight of the prior against the values in a search
-    training: Training = group(default_factory=Training)
-    targets: Targets = group(default_factory=Targets)
-    evaluation: Evaluation = group(default_factory=Evaluation)
-    run: Run = group(default_factory=Run)
+    training: Training = field(default_factory=Training)
+    targets: Targets = field(default_factory=Targets)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    run: Run = field(default_factory=Run)
 
 
 MAY_CHANGE = {*vars(Run()), "teachers"}  # on --resume; the content of the datasets is compared
@@ -184,7 +184,7 @@ def atari_rom(env_id):
 def make_envs(env_id, num_envs, *, life_loss_ends):
     """`num_envs` copies of a game; after `reset(seed=s)` copy i plays the games of seed s + i.
 
-    Observations are uint8 [E, 96, 96, 3] after `obs.reshape(E, 96, 96, 3)`, rewards raw, Atari actions ALE ids. A game
+    Observations are uint8 after `obs.reshape(num_envs, 96, 96, 3)`, rewards raw, Atari actions ALE ids. A game
     is over if truncated, or terminated with 0 lives in the info; the next step ignores its action, pays 0 and
     returns the first frame of a new game. life_loss_ends: a lost life is `terminated` too, and the game goes on.
     """
@@ -232,7 +232,8 @@ def legal_actions(env_id):
 
 
 # --- data ---
-LIFE_LOST, GAME_OVER, TIME_LIMIT = 1, 2, 3  # what `Replay.end` says of an episode's last action; all are terminal
+# What `Replay.end` says of an episode's last action. All are terminal, the time limit too, as in EfficientZero.
+LIFE_LOST, GAME_OVER, TIME_LIMIT = 1, 2, 3
 
 
 # Copied from pretrain_teacher.py
@@ -250,9 +251,9 @@ class Replay:
         self.acted = np.zeros(rows, bool)  # [R] whether a_t was taken
         self.end = np.zeros(rows, np.uint8)  # [R] 0, or how a_t ended the episode: LIFE_LOST, GAME_OVER, TIME_LIMIT
         self.age = np.zeros(rows, np.int64)  # [R] t, environment steps since the episode's first frame
-        self.stored_at = np.zeros(rows, np.int64)  # [R] environment steps of the run when a_t was taken
+        self.stored_at = np.zeros(rows, np.int64)  # [R] environment steps of the run when a_t was taken (finetune.py)
         self.priority = np.zeros(rows)  # [R] 0 where not acted
-        self.policy = np.zeros((rows, 18), np.float32)  # [R, A] visits / S of the latest search of o_t
+        self.policy = np.zeros((rows, 18), np.float32)  # [R, A] visits / num_simulations of the latest search of o_t
         self.value = np.zeros(rows, np.float32)  # [R] value of o_t, of the same network
         self.turn = np.zeros(rows, np.int64)  # [R] number of that search; 0: never searched
 
@@ -323,7 +324,7 @@ def make_replay(datasets, extra_rows, device):
     free = psutil.virtual_memory().available
     if device.type == "cpu" and num_bytes > free:
         found = f"the frames take {num_bytes / 1e9:.1f} GB, but {free / 1e9:.1f} GB of memory are free"
-        raise SystemExit(f"error: {found}; give fewer or shorter datasets, or lower --total-timesteps")
+        raise SystemExit(f"error: {found}; store fewer steps or games, or close other programs")
     print(f"frames: {num_bytes / 1e9:.1f} GB {'on the GPU' if device.type == 'cuda' else 'in RAM'}")
     replay = Replay(sum(lengths) + extra_rows, device)
     games = []
@@ -347,8 +348,9 @@ def unpack_dataset(replay, rows, data):
         start = stop
     for name in data.keys() & vars(replay).keys() - {"frames"}:  # policy and value too, if a teacher gave them
         getattr(replay, name)[rows] = data[name]
-    starts = np.ones(rows.stop - rows.start, bool)  # an episode starts after an end or after a row not acted on
-    starts[1:] = (data["end"][:-1] > 0) & data["acted"][1:] | ~data["acted"][:-1]
+    # An episode starts after a row not acted on, and after a lost life. A game's last frame still belongs to it.
+    starts = np.ones(rows.stop - rows.start, bool)
+    starts[1:] = ~data["acted"][:-1] | ((data["end"][:-1] > 0) & data["acted"][1:])
     t = np.arange(len(starts))
     replay.age[rows] = t - np.maximum.accumulate(np.where(starts, t, 0))
     replay.priority[rows] = data["acted"]
@@ -376,7 +378,7 @@ def sample(replay, games, sizes, num_batches, exponent, beta, rng):
 
 # --- targets ---
 
-# As in the table of pretrain_teacher.py, with the policy and the value that the teacher gave each state.
+# As in the table of pretrain_teacher.py, p_k and v_k+n being the policy and the value that the teacher gave each state.
 
 
 # Copied from pretrain_teacher.py
@@ -388,40 +390,42 @@ def make_targets(replay, roots, td_steps, unroll_steps, gamma, clip_rewards, rng
     gamma is per environment step of 4 frames. `frames` are the rows of o_t-3 .. o_t+K; past the end the last repeats.
     """
     shape = roots.shape
-    roots, td_steps = roots.ravel(), td_steps.ravel()  # [n]
-    n, K = len(roots), unroll_steps
+    roots = roots.ravel()  # [N], N = E * B
+    td_steps = td_steps.ravel()  # [N]
+    N, K = len(roots), unroll_steps
     J = K + td_steps.max()
-    rows = np.repeat(roots[:, None], J + 1, axis=1)  # [n, J+1] of state j, clipped to the last state that exists
-    exists = np.ones((n, J + 1), bool)  # action j-1 was taken, so there is a frame
-    alive = np.ones((n, J + 1), bool)  # exists and is not terminal
+    rows = np.repeat(roots[:, None], J + 1, axis=1)  # [N, J+1] of state j, clipped to the last state that exists
+    exists = np.ones((N, J + 1), bool)  # action j-1 was taken, so there is a frame
+    alive = np.ones((N, J + 1), bool)  # exists and is not terminal
     for j in range(J):
         exists[:, j + 1] = alive[:, j] & replay.acted[rows[:, j]]
         alive[:, j + 1] = exists[:, j + 1] & (replay.end[rows[:, j]] == 0)
         rows[:, j + 1] = rows[:, j] + exists[:, j + 1]
-    taken = exists[:, 1:]  # [n, J] whether action j was taken
-    reward = replay.reward[rows[:, :-1]] * taken  # [n, J]
+    taken = exists[:, 1:]  # [N, J] whether action j was taken
+    reward = replay.reward[rows[:, :-1]] * taken  # [N, J]
     reward = np.sign(reward) if clip_rewards else reward
-    prefix = np.cumsum(reward[:, :K], axis=1)  # [n, K]
-    for k in range(K, mcts.VALUE_PREFIX_HORIZON, -1):  # u_k counts from the last reset of the LSTM on
+    prefix = np.cumsum(reward[:, :K], axis=1)  # [N, K]
+    # If K > 5: u_k counts from the last reset of the LSTM on. Backwards, as each subtrahend must still be a plain sum.
+    for k in range(K, mcts.VALUE_PREFIX_HORIZON, -1):
         last_reset = (k - 1) // mcts.VALUE_PREFIX_HORIZON * mcts.VALUE_PREFIX_HORIZON
         prefix[:, k - 1] -= prefix[:, last_reset - 1]
-    value = np.zeros((n, K + 1))
+    value = np.zeros((N, K + 1))
     for k in range(K + 1):
-        steps = np.minimum(td_steps, taken[:, k:].sum(axis=1))  # [n]
+        n = np.minimum(td_steps, taken[:, k:].sum(axis=1))  # [N]
         for i in range(td_steps.max()):
-            value[:, k] += (i < steps) * gamma**i * reward[:, k + i]
-        bootstrap = rows[np.arange(n), k + steps]
-        value[:, k] += gamma**steps * replay.value[bootstrap] * alive[np.arange(n), k + steps]
+            value[:, k] += (i < n) * gamma**i * reward[:, k + i]
+        bootstrap = rows[np.arange(N), k + n]
+        value[:, k] += gamma**n * replay.value[bootstrap] * alive[np.arange(N), k + n]
     back = np.minimum([3, 2, 1], replay.age[roots, None])
     # Past the end the action is random, as in the reference: masked in every loss, it only enters BN's statistics.
-    action = np.where(taken[:, :K], replay.action[rows[:, :K]], rng.integers(18, size=(n, K)))
+    action = np.where(taken[:, :K], replay.action[rows[:, :K]], rng.integers(18, size=(N, K)))
     targets = {
-        "frames": np.concatenate([roots[:, None] - back, rows[:, : K + 1]], axis=1),  # [n, K+4]
-        "action": action,  # [n, K]
-        "mask": exists[:, : K + 1].astype(np.float32),  # [n, K+1]
-        "policy": replay.policy[rows[:, : K + 1]] * alive[:, : K + 1, None],  # [n, K+1, A]
-        "value": value.astype(np.float32),  # [n, K+1]
-        "value_prefix": prefix.astype(np.float32),  # [n, K]
+        "frames": np.concatenate([roots[:, None] - back, rows[:, : K + 1]], axis=1),  # [N, K+4]
+        "action": action,  # [N, K]
+        "mask": exists[:, : K + 1].astype(np.float32),  # [N, K+1]
+        "policy": replay.policy[rows[:, : K + 1]] * alive[:, : K + 1, None],  # [N, K+1, A]
+        "value": value.astype(np.float32),  # [N, K+1]
+        "value_prefix": prefix.astype(np.float32),  # [N, K]
     }
     return {name: x.reshape(*shape, *x.shape[1:]) for name, x in targets.items()}
 
@@ -439,14 +443,14 @@ class Batch(NamedTuple):
 
 
 # Copied from pretrain_teacher.py
-def take_batch(replay, cycle, i, generator):
-    """Batch i of a cycle (`make_targets` and weights, tensors [E, B, ...]), its frames gathered and augmented."""
-    rows = cycle["frames"][i]  # [B, K+4]
+def take_batch(replay, batches, i, generator):
+    """Batch i of `make_targets` and weights (tensors [E, B, ...]), its frames gathered and augmented."""
+    rows = batches["frames"][i]  # [B, K+4]
     frames = replay.frames[rows.to(replay.frames.device)].to(rows.device)  # [B, K+4, 3, 96, 96]
     return Batch(
         obs=model.augment(frames[:, :4].flatten(1, 2), generator),
         target_obs=model.augment(frames[:, 1:].flatten(1, 2), generator),
-        **{name: x[i] for name, x in cycle.items() if name != "frames"},
+        **{name: x[i] for name, x in batches.items() if name != "frames"},
     )
 
 
@@ -466,26 +470,28 @@ def unroll_loss(net, batch, coefficients):
     priority = (model.support_to_scalar(value_logits.detach()) - batch.value[:, 0]).abs() + 1e-6
     value_code = model.scalar_to_support(batch.value, support)  # [B, K+1, S]
     prefix_code = model.scalar_to_support(batch.value_prefix, support)  # [B, K, S]
-    policy = model.cross_entropy(policy_logits, batch.policy[:, 0])
-    value = model.cross_entropy(value_logits, value_code[:, 0])
-    value_prefix = torch.zeros_like(value)
-    consistency = torch.zeros_like(value)
+    policy_loss = model.cross_entropy(policy_logits, batch.policy[:, 0])
+    value_loss = model.cross_entropy(value_logits, value_code[:, 0])
+    prefix_loss = torch.zeros_like(value_loss)
+    consistency_loss = torch.zeros_like(value_loss)
     for k in range(1, K + 1):
         latent, lstm_state, prefix_logits, policy_logits, value_logits = net.recurrent_inference(
             latent, batch.action[:, k - 1], lstm_state
         )
-        online = net.predictor(net.projector(latent)).float()  # first with gradient: autocast caches cast weights
+        # Before the call without gradients: autocast caches the weights that it casts, and with them their gradients.
+        online = net.predictor(net.projector(latent)).float()
         with torch.no_grad():  # f runs here for its batch norm statistics only, as in the reference
             target_latent = net.initial_inference(batch.target_obs[:, 3 * k - 3 : 3 * k + 9])[0]
             target = net.projector(target_latent).float()
         mask = batch.mask[:, k]  # [B]
-        policy += mask * model.cross_entropy(policy_logits, batch.policy[:, k])
-        value += mask * model.cross_entropy(value_logits, value_code[:, k])
-        value_prefix += mask * model.cross_entropy(prefix_logits, prefix_code[:, k - 1])
-        consistency -= mask * F.cosine_similarity(online, target, dim=-1, eps=1e-5)
+        policy_loss += mask * model.cross_entropy(policy_logits, batch.policy[:, k])
+        value_loss += mask * model.cross_entropy(value_logits, value_code[:, k])
+        prefix_loss += mask * model.cross_entropy(prefix_logits, prefix_code[:, k - 1])
+        consistency_loss -= mask * F.cosine_similarity(online, target, dim=-1, eps=1e-5)
         if k % mcts.VALUE_PREFIX_HORIZON == 0:
             lstm_state = net.initial_lstm_state(B, latent)
-    terms = {"value_prefix": value_prefix, "policy": policy, "value": value, "consistency": consistency}
+    terms = {"value_prefix": prefix_loss, "policy": policy_loss}
+    terms |= {"value": value_loss, "consistency": consistency_loss}
     total = sum(coefficients[name] * term for name, term in terms.items())
     return total, terms, priority
 
@@ -499,9 +505,9 @@ def cloning_loss(net, batch, coefficients):
 
 # Copied from pretrain_teacher.py
 def learn(net, loss_function, batch, *, coefficients):
-    """One pass forward and back; afterwards the parameters' `.grad` is that of `mean(weight * total) / K`.
+    """One pass forward and back -> `mean(weight * total)`, the terms and the priority of each sample.
 
-    -> K times that loss, the terms and the priority of each sample.
+    Afterwards the parameters' `.grad` is the gradient of that loss / K, K being the unroll steps (EfficientZero).
     """
     with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=batch.obs.is_cuda):
         total, terms, priority = loss_function(net, batch, coefficients)
@@ -525,7 +531,7 @@ def evaluate(search, env_id, max_frames, movie=None):
     """Plays `search.capacity` whole games side by side (seeds 0, 1, ..., full lives, no noise, the most visited action
     or the lowest of several) -> raw returns [episodes], lengths in environment steps [episodes].
 
-    movie: a list that gets the first game's frames.
+    movie: a list that gets the first game's frames (finetune.py).
     """
     episodes = search.capacity
     rng = np.random.default_rng(0)
@@ -533,7 +539,7 @@ def evaluate(search, env_id, max_frames, movie=None):
     envs = make_envs(env_id, episodes, life_loss_ends=False)
     legal = legal_actions(env_id)  # [A]
     frames = envs.reset(seed=0)[0].reshape(episodes, 96, 96, 3)
-    stack = torch.as_tensor(frames).permute(0, 3, 1, 2).repeat(1, 4, 1, 1).to(device)  # [E, 12, 96, 96]
+    stack = torch.as_tensor(frames).permute(0, 3, 1, 2).repeat(1, 4, 1, 1).to(device)  # [episodes, 12, 96, 96]
     returns = np.zeros(episodes)
     lengths = np.zeros(episodes, np.int64)
     active = np.arange(episodes)
@@ -595,9 +601,9 @@ if __name__ == "__main__":
     settings = {"lr": 0.0, "momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.SGD(parameters, **settings)
     record = model.Recorded if args.cudagraphs else None
-    constants = {"discount": args.gamma, "c_init": args.c_init, "record": record}
+    options = {"discount": args.gamma, "c_init": args.c_init, "record": record}
     simulations = 0 if cloning else args.num_simulations
-    agent = mcts.Search(model.inference_copy(net), simulations, args.eval_episodes, **constants)
+    evaluator = mcts.Search(model.inference_copy(net), simulations, args.eval_episodes, **options)
     loss_function = cloning_loss if cloning else unroll_loss
     loss_function = torch.compile(loss_function) if args.compile else loss_function
     coefficients = {name: getattr(args, f"{name}_coef") for name in ("value_prefix", "policy", "value", "consistency")}
@@ -608,6 +614,7 @@ if __name__ == "__main__":
     # the run folder, and if the run goes on, all that it had
     run_name = f"{'+'.join(env_ids).replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = args.run_dir or f"runs/{run_name}"
+    # The lock is held until this process ends.
     lock, checkpoint = model.open_run(args, run_dir, MAY_CHANGE)
     updates = 0
     scores = {}  # mean return of the last evaluation
@@ -623,7 +630,7 @@ if __name__ == "__main__":
         replay.priority[:] = checkpoint["priority"].numpy()
         updates, scores, evaluations = checkpoint["updates"], checkpoint["scores"], checkpoint["evaluations"]
 
-    def due(every):
+    def due(every):  # whether a multiple of `every` came since the last cycle
         return updates % every < E
 
     # TRY NOT TO MODIFY: start the training
@@ -631,6 +638,7 @@ if __name__ == "__main__":
     log_every = max(1, min(100, args.num_updates // 100))  # updates
     start_time, start_updates = time.time(), updates
     cycles = range(start_updates, args.num_updates + 1, E)
+    # Each cycle begins with what is due before update number `updates`: so the untrained network is evaluated too.
     for updates in tqdm(cycles, initial=start_updates // E, unit="update", unit_scale=E, disable=None):
         last = updates == args.num_updates
         evaluating = last or due(args.eval_every)
@@ -640,12 +648,12 @@ if __name__ == "__main__":
             checkpoint |= {"rng": rng.bit_generator.state, "generator": generator.get_state(), "args": vars(args)}
             checkpoint |= {"priority": torch.from_numpy(replay.priority), "datasets": checksums}
             checkpoint |= {"updates": updates, "scores": scores, "evaluations": evaluations}
-            with model.whole_file(f"{run_dir}/checkpoint.pt") as file:
+            with model.whole_file(f"{run_dir}/checkpoint.pt") as file:  # a resumed run repeats the evaluation
                 torch.save(checkpoint, file)
         if evaluating:
-            model.refresh(agent.net, net)
+            model.refresh(evaluator.net, net)
             for env_id, data in zip(env_ids, datasets, strict=True):
-                returns, lengths = evaluate(agent, env_id, args.eval_max_frames)
+                returns, lengths = evaluate(evaluator, env_id, args.eval_max_frames)
                 evaluations += log_evaluation(writer, env_id, 0, updates, returns, lengths, f"/{env_id}")
                 writer.add_scalar(f"charts/teacher/avg_episodic_return/{env_id}", data["score"], updates)
                 scores = scores | {env_id: float(returns.mean())}
@@ -661,24 +669,27 @@ if __name__ == "__main__":
         beta = args.priority_beta + (1 - args.priority_beta) * min(1.0, updates / (1.2 * args.num_updates))
         rows, weight = sample(replay, games, sizes, E, args.priority_exponent, beta, rng)  # [E, B] each
         td_steps = np.full(rows.shape, args.td_steps)  # fixed data do not age
-        cycle = make_targets(replay, rows, td_steps, unroll_steps, args.gamma, args.clip_rewards, rng)
-        cycle["weight"] = weight
-        cycle = {name: torch.from_numpy(x).to(device) for name, x in cycle.items()}  # [E, B, ...] each
-        numbers = []
+        batches = make_targets(replay, rows, td_steps, unroll_steps, args.gamma, args.clip_rewards, rng)
+        batches["weight"] = weight
+        batches = {name: torch.from_numpy(x).to(device) for name, x in batches.items()}  # [E, B, ...] each
+        priorities, numbers = [], []
         for update in range(updates, updates + E):
-            batch = take_batch(replay, cycle, update - updates, generator)
+            batch = take_batch(replay, batches, update - updates, generator)
             loss, terms, priority = learn_batch(batch)
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.param_groups[0]["lr"] = learning_rate_at(update, args.num_updates, args.learning_rate)
             optimizer.step()
-            numbers.append(torch.cat([priority, loss.view(1), norm.view(1)]))
-        numbers = torch.stack(numbers).cpu().numpy()  # [E, B + 2]: the only wait for a GPU in a cycle
+            priorities.append(priority)
+            numbers.append(torch.stack([loss, norm]))
+        numbers = torch.stack(numbers).cpu().numpy()  # [E, 2]; here alone a cycle waits for a GPU
         if not np.isfinite(numbers).all():
             raise SystemExit(f"error: the loss is not finite after update {updates}; try a lower --learning-rate")
-        replay.priority[rows] = numbers[:, :-2]  # of a row that came in several updates the latest stays
+        # Of a row that came in several updates the latest priority stays.
+        replay.priority[rows] = torch.stack(priorities).cpu().numpy()  # [E, B]
 
         if due(log_every):
-            writer.add_scalar("losses/loss", numbers[-1, -2], updates)
+            writer.add_scalar("losses/loss", numbers[-1, 0], updates)
+            writer.add_scalar("losses/gradient_norm", numbers[-1, 1], updates)
             for name, term in terms.items():
                 writer.add_scalar(f"losses/{name}_loss", term.mean().item(), updates)
                 for env_id, part in zip(env_ids, term.split(sizes), strict=True):

@@ -8,17 +8,17 @@ offline games, each weighted by how well its gradient agrees with the target gam
 In: the run folder of `distill.py`; the offline games come with it. Out: a run folder with the agent (model.pt), its
 evaluations, and with --save-dataset what it collected. Without --pretrained this is the EfficientZero baseline.
 
-Letters: B batch, m offline games, K unroll steps, A actions (the 18 ALE ids), R rows of the replay, E environments.
-There is one update per environment step of 4 frames; the x-axis is updates.
+Letters: B batch, m offline games, K unroll steps, A actions (the 18 ALE ids), R rows of the replay, E environments and
+so updates of a cycle. There is one update per environment step of 4 frames; the x-axis is updates.
 """
 
 import functools
 import hashlib
+import math
 import os
 import re
 import time
-from dataclasses import dataclass, is_dataclass
-from dataclasses import field as group
+from dataclasses import dataclass, field, is_dataclass
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
@@ -128,12 +128,12 @@ class Args:
     blocks: int | None = None  # residual blocks per group of the representation network h; default: as above, else 1
     save_dataset: str | None = None  # a new .npz file for what was collected; input of pretrain_teacher.py
     capture_video: bool = False  # whether to write a gif of the first game of each evaluation into the run folder
-    training: Training = group(default_factory=Training)
-    targets: Targets = group(default_factory=Targets)
-    search: Search = group(default_factory=Search)
-    transfer: Transfer = group(default_factory=Transfer)
-    evaluation: Evaluation = group(default_factory=Evaluation)
-    run: Run = group(default_factory=Run)
+    training: Training = field(default_factory=Training)
+    targets: Targets = field(default_factory=Targets)
+    search: Search = field(default_factory=Search)
+    transfer: Transfer = field(default_factory=Transfer)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    run: Run = field(default_factory=Run)
 
 
 MAY_CHANGE = {*vars(Run()), "capture_video", "save_dataset", "pretrained", "teachers"}  # on --resume
@@ -216,7 +216,7 @@ def atari_rom(env_id):
 def make_envs(env_id, num_envs, *, life_loss_ends):
     """`num_envs` copies of a game; after `reset(seed=s)` copy i plays the games of seed s + i.
 
-    Observations are uint8 [E, 96, 96, 3] after `obs.reshape(E, 96, 96, 3)`, rewards raw, Atari actions ALE ids. A game
+    Observations are uint8 after `obs.reshape(num_envs, 96, 96, 3)`, rewards raw, Atari actions ALE ids. A game
     is over if truncated, or terminated with 0 lives in the info; the next step ignores its action, pays 0 and
     returns the first frame of a new game. life_loss_ends: a lost life is `terminated` too, and the game goes on.
     """
@@ -264,7 +264,8 @@ def legal_actions(env_id):
 
 
 # --- data ---
-LIFE_LOST, GAME_OVER, TIME_LIMIT = 1, 2, 3  # what `Replay.end` says of an episode's last action; all are terminal
+# What `Replay.end` says of an episode's last action. All are terminal, the time limit too, as in EfficientZero.
+LIFE_LOST, GAME_OVER, TIME_LIMIT = 1, 2, 3
 
 
 # Copied from pretrain_teacher.py
@@ -282,9 +283,9 @@ class Replay:
         self.acted = np.zeros(rows, bool)  # [R] whether a_t was taken
         self.end = np.zeros(rows, np.uint8)  # [R] 0, or how a_t ended the episode: LIFE_LOST, GAME_OVER, TIME_LIMIT
         self.age = np.zeros(rows, np.int64)  # [R] t, environment steps since the episode's first frame
-        self.stored_at = np.zeros(rows, np.int64)  # [R] environment steps of the run when a_t was taken
+        self.stored_at = np.zeros(rows, np.int64)  # [R] environment steps of the run when a_t was taken (finetune.py)
         self.priority = np.zeros(rows)  # [R] 0 where not acted
-        self.policy = np.zeros((rows, 18), np.float32)  # [R, A] visits / S of the latest search of o_t
+        self.policy = np.zeros((rows, 18), np.float32)  # [R, A] visits / num_simulations of the latest search of o_t
         self.value = np.zeros(rows, np.float32)  # [R] value of o_t, of the same network
         self.turn = np.zeros(rows, np.int64)  # [R] number of that search; 0: never searched
 
@@ -373,7 +374,7 @@ def make_replay(datasets, extra_rows, device):
     free = psutil.virtual_memory().available
     if device.type == "cpu" and num_bytes > free:
         found = f"the frames take {num_bytes / 1e9:.1f} GB, but {free / 1e9:.1f} GB of memory are free"
-        raise SystemExit(f"error: {found}; give fewer or shorter datasets, or lower --total-timesteps")
+        raise SystemExit(f"error: {found}; store fewer steps or games, or close other programs")
     print(f"frames: {num_bytes / 1e9:.1f} GB {'on the GPU' if device.type == 'cuda' else 'in RAM'}")
     replay = Replay(sum(lengths) + extra_rows, device)
     games = []
@@ -397,8 +398,9 @@ def unpack_dataset(replay, rows, data):
         start = stop
     for name in data.keys() & vars(replay).keys() - {"frames"}:  # policy and value too, if a teacher gave them
         getattr(replay, name)[rows] = data[name]
-    starts = np.ones(rows.stop - rows.start, bool)  # an episode starts after an end or after a row not acted on
-    starts[1:] = (data["end"][:-1] > 0) & data["acted"][1:] | ~data["acted"][:-1]
+    # An episode starts after a row not acted on, and after a lost life. A game's last frame still belongs to it.
+    starts = np.ones(rows.stop - rows.start, bool)
+    starts[1:] = ~data["acted"][:-1] | ((data["end"][:-1] > 0) & data["acted"][1:])
     t = np.arange(len(starts))
     replay.age[rows] = t - np.maximum.accumulate(np.where(starts, t, 0))
     replay.priority[rows] = data["acted"]
@@ -497,8 +499,8 @@ def select_actions(policy, temperature, rng):
 
 # --- targets ---
 
-# As in the table of pretrain_teacher.py. Who gives a state its policy and value: in the target game the network that
-# plays, when the state is new, then the target network, again and again; in an offline game its teacher, once.
+# As in the table of pretrain_teacher.py. Who gives a state its policy p_k and value v_k+n: in the target game the
+# network that plays, when the state is new, then the target network, again and again; in an offline game its teacher.
 
 
 # Copied from pretrain_teacher.py
@@ -532,40 +534,42 @@ def make_targets(replay, roots, td_steps, unroll_steps, gamma, clip_rewards, rng
     gamma is per environment step of 4 frames. `frames` are the rows of o_t-3 .. o_t+K; past the end the last repeats.
     """
     shape = roots.shape
-    roots, td_steps = roots.ravel(), td_steps.ravel()  # [n]
-    n, K = len(roots), unroll_steps
+    roots = roots.ravel()  # [N], N = E * B
+    td_steps = td_steps.ravel()  # [N]
+    N, K = len(roots), unroll_steps
     J = K + td_steps.max()
-    rows = np.repeat(roots[:, None], J + 1, axis=1)  # [n, J+1] of state j, clipped to the last state that exists
-    exists = np.ones((n, J + 1), bool)  # action j-1 was taken, so there is a frame
-    alive = np.ones((n, J + 1), bool)  # exists and is not terminal
+    rows = np.repeat(roots[:, None], J + 1, axis=1)  # [N, J+1] of state j, clipped to the last state that exists
+    exists = np.ones((N, J + 1), bool)  # action j-1 was taken, so there is a frame
+    alive = np.ones((N, J + 1), bool)  # exists and is not terminal
     for j in range(J):
         exists[:, j + 1] = alive[:, j] & replay.acted[rows[:, j]]
         alive[:, j + 1] = exists[:, j + 1] & (replay.end[rows[:, j]] == 0)
         rows[:, j + 1] = rows[:, j] + exists[:, j + 1]
-    taken = exists[:, 1:]  # [n, J] whether action j was taken
-    reward = replay.reward[rows[:, :-1]] * taken  # [n, J]
+    taken = exists[:, 1:]  # [N, J] whether action j was taken
+    reward = replay.reward[rows[:, :-1]] * taken  # [N, J]
     reward = np.sign(reward) if clip_rewards else reward
-    prefix = np.cumsum(reward[:, :K], axis=1)  # [n, K]
-    for k in range(K, mcts.VALUE_PREFIX_HORIZON, -1):  # u_k counts from the last reset of the LSTM on
+    prefix = np.cumsum(reward[:, :K], axis=1)  # [N, K]
+    # If K > 5: u_k counts from the last reset of the LSTM on. Backwards, as each subtrahend must still be a plain sum.
+    for k in range(K, mcts.VALUE_PREFIX_HORIZON, -1):
         last_reset = (k - 1) // mcts.VALUE_PREFIX_HORIZON * mcts.VALUE_PREFIX_HORIZON
         prefix[:, k - 1] -= prefix[:, last_reset - 1]
-    value = np.zeros((n, K + 1))
+    value = np.zeros((N, K + 1))
     for k in range(K + 1):
-        steps = np.minimum(td_steps, taken[:, k:].sum(axis=1))  # [n]
+        n = np.minimum(td_steps, taken[:, k:].sum(axis=1))  # [N]
         for i in range(td_steps.max()):
-            value[:, k] += (i < steps) * gamma**i * reward[:, k + i]
-        bootstrap = rows[np.arange(n), k + steps]
-        value[:, k] += gamma**steps * replay.value[bootstrap] * alive[np.arange(n), k + steps]
+            value[:, k] += (i < n) * gamma**i * reward[:, k + i]
+        bootstrap = rows[np.arange(N), k + n]
+        value[:, k] += gamma**n * replay.value[bootstrap] * alive[np.arange(N), k + n]
     back = np.minimum([3, 2, 1], replay.age[roots, None])
     # Past the end the action is random, as in the reference: masked in every loss, it only enters BN's statistics.
-    action = np.where(taken[:, :K], replay.action[rows[:, :K]], rng.integers(18, size=(n, K)))
+    action = np.where(taken[:, :K], replay.action[rows[:, :K]], rng.integers(18, size=(N, K)))
     targets = {
-        "frames": np.concatenate([roots[:, None] - back, rows[:, : K + 1]], axis=1),  # [n, K+4]
-        "action": action,  # [n, K]
-        "mask": exists[:, : K + 1].astype(np.float32),  # [n, K+1]
-        "policy": replay.policy[rows[:, : K + 1]] * alive[:, : K + 1, None],  # [n, K+1, A]
-        "value": value.astype(np.float32),  # [n, K+1]
-        "value_prefix": prefix.astype(np.float32),  # [n, K]
+        "frames": np.concatenate([roots[:, None] - back, rows[:, : K + 1]], axis=1),  # [N, K+4]
+        "action": action,  # [N, K]
+        "mask": exists[:, : K + 1].astype(np.float32),  # [N, K+1]
+        "policy": replay.policy[rows[:, : K + 1]] * alive[:, : K + 1, None],  # [N, K+1, A]
+        "value": value.astype(np.float32),  # [N, K+1]
+        "value_prefix": prefix.astype(np.float32),  # [N, K]
     }
     return {name: x.reshape(*shape, *x.shape[1:]) for name, x in targets.items()}
 
@@ -589,14 +593,14 @@ class Batch(NamedTuple):
 
 
 # Copied from pretrain_teacher.py
-def take_batch(replay, cycle, i, generator):
-    """Batch i of a cycle (`make_targets` and weights, tensors [E, B, ...]), its frames gathered and augmented."""
-    rows = cycle["frames"][i]  # [B, K+4]
+def take_batch(replay, batches, i, generator):
+    """Batch i of `make_targets` and weights (tensors [E, B, ...]), its frames gathered and augmented."""
+    rows = batches["frames"][i]  # [B, K+4]
     frames = replay.frames[rows.to(replay.frames.device)].to(rows.device)  # [B, K+4, 3, 96, 96]
     return Batch(
         obs=model.augment(frames[:, :4].flatten(1, 2), generator),
         target_obs=model.augment(frames[:, 1:].flatten(1, 2), generator),
-        **{name: x[i] for name, x in cycle.items() if name != "frames"},
+        **{name: x[i] for name, x in batches.items() if name != "frames"},
     )
 
 
@@ -616,26 +620,28 @@ def unroll_loss(net, batch, coefficients):
     priority = (model.support_to_scalar(value_logits.detach()) - batch.value[:, 0]).abs() + 1e-6
     value_code = model.scalar_to_support(batch.value, support)  # [B, K+1, S]
     prefix_code = model.scalar_to_support(batch.value_prefix, support)  # [B, K, S]
-    policy = model.cross_entropy(policy_logits, batch.policy[:, 0])
-    value = model.cross_entropy(value_logits, value_code[:, 0])
-    value_prefix = torch.zeros_like(value)
-    consistency = torch.zeros_like(value)
+    policy_loss = model.cross_entropy(policy_logits, batch.policy[:, 0])
+    value_loss = model.cross_entropy(value_logits, value_code[:, 0])
+    prefix_loss = torch.zeros_like(value_loss)
+    consistency_loss = torch.zeros_like(value_loss)
     for k in range(1, K + 1):
         latent, lstm_state, prefix_logits, policy_logits, value_logits = net.recurrent_inference(
             latent, batch.action[:, k - 1], lstm_state
         )
-        online = net.predictor(net.projector(latent)).float()  # first with gradient: autocast caches cast weights
+        # Before the call without gradients: autocast caches the weights that it casts, and with them their gradients.
+        online = net.predictor(net.projector(latent)).float()
         with torch.no_grad():  # f runs here for its batch norm statistics only, as in the reference
             target_latent = net.initial_inference(batch.target_obs[:, 3 * k - 3 : 3 * k + 9])[0]
             target = net.projector(target_latent).float()
         mask = batch.mask[:, k]  # [B]
-        policy += mask * model.cross_entropy(policy_logits, batch.policy[:, k])
-        value += mask * model.cross_entropy(value_logits, value_code[:, k])
-        value_prefix += mask * model.cross_entropy(prefix_logits, prefix_code[:, k - 1])
-        consistency -= mask * F.cosine_similarity(online, target, dim=-1, eps=1e-5)
+        policy_loss += mask * model.cross_entropy(policy_logits, batch.policy[:, k])
+        value_loss += mask * model.cross_entropy(value_logits, value_code[:, k])
+        prefix_loss += mask * model.cross_entropy(prefix_logits, prefix_code[:, k - 1])
+        consistency_loss -= mask * F.cosine_similarity(online, target, dim=-1, eps=1e-5)
         if k % mcts.VALUE_PREFIX_HORIZON == 0:
             lstm_state = net.initial_lstm_state(B, latent)
-    terms = {"value_prefix": value_prefix, "policy": policy, "value": value, "consistency": consistency}
+    terms = {"value_prefix": prefix_loss, "policy": policy_loss}
+    terms |= {"value": value_loss, "consistency": consistency_loss}
     total = sum(coefficients[name] * term for name, term in terms.items())
     return total, terms, priority
 
@@ -646,8 +652,6 @@ def combine_losses(target_loss, task_losses, eta, paper_loss):
     Released code: `1/2 * (L_T + 1/m * sum_i eta_i * L_i)`: with all L = 1 and m = 4, eta = (1, 0, 0, 0) gives 0.625.
     `paper_loss`: `L_T + sum_i eta_i * L_i` (XTRA, Eq. 1), m times the weight on the offline games relative to it.
     """
-    if len(task_losses) == 0:
-        return target_loss
     if paper_loss:
         return target_loss + (eta * task_losses).sum()
     return 0.5 * (target_loss + (eta * task_losses).mean())
@@ -656,30 +660,34 @@ def combine_losses(target_loss, task_losses, eta, paper_loss):
 def gradient_cosines(target_loss, task_losses, parameters):
     """`Sim_i = <G_T, G_i> / (|G_T| |G_i|)` (XTRA, Eq. 2) for each of task_losses [m] -> [m]. Changes no parameter.
 
-    As in the released code the gradients are over all parameters and clamped to [-5, 5] element by element. The task
-    weight is the share of measurements above the threshold: 120 cosines of 500 above 0.1 give eta = 0.24 (Appendix B).
+    As in the released code the gradients are over all parameters and clamped to [-5, 5] element by element.
     """
 
     def flat_gradient(loss):
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
         return torch.cat([gradient.flatten() for gradient in gradients]).clamp(-5, 5)
 
-    target = flat_gradient(target_loss)
-    return torch.stack([F.cosine_similarity(target, flat_gradient(loss), dim=0) for loss in task_losses])
+    target_gradient = flat_gradient(target_loss)
+    return torch.stack([F.cosine_similarity(target_gradient, flat_gradient(loss), dim=0) for loss in task_losses])
 
 
 def transfer_learn(net, loss_function, batch, eta, *, coefficients, sizes, paper_loss, measure=False):
-    """As `learn`, for a mixed batch: `sizes[g]` samples of each game, the target game first. Its loss is that of
-    `combine_losses` on the games' means. measure: also `gradient_cosines` [m] of the offline games, else they are 0."""
+    """As `learn`, for `sizes[g]` samples of each game, the target game first -> loss, terms, priority, cosines.
+
+    The loss is that of `combine_losses` on the means of the games. measure: whether the cosines [m] are those of
+    `gradient_cosines`, else they are 0.
+    """
     K = batch.action.shape[1]
     with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=batch.obs.is_cuda):
         total, terms, priority = loss_function(net, batch, coefficients)  # batch norm sees the mixture
     target_loss, *task_losses = [part.mean() for part in (batch.weight * total).split(sizes)]
     cosines = torch.zeros_like(eta)
-    if measure:
+    if measure:  # of the gradients that are clamped, so of the losses / K
         parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
         cosines = gradient_cosines(target_loss / K, [loss / K for loss in task_losses], parameters)
-    loss = combine_losses(target_loss, torch.stack(task_losses) if task_losses else eta, eta, paper_loss)
+    loss = target_loss
+    if task_losses:
+        loss = combine_losses(target_loss, torch.stack(task_losses), eta, paper_loss)
     net.zero_grad(set_to_none=False)  # gradients stay in place: a recorded pass writes there
     (loss / K).backward()
     terms = {name: term.detach() for name, term in terms.items()}  # else autograd's graph outlives this call
@@ -699,7 +707,7 @@ def evaluate(search, env_id, max_frames, movie=None):
     """Plays `search.capacity` whole games side by side (seeds 0, 1, ..., full lives, no noise, the most visited action
     or the lowest of several) -> raw returns [episodes], lengths in environment steps [episodes].
 
-    movie: a list that gets the first game's frames.
+    movie: a list that gets the first game's frames (finetune.py).
     """
     episodes = search.capacity
     rng = np.random.default_rng(0)
@@ -707,7 +715,7 @@ def evaluate(search, env_id, max_frames, movie=None):
     envs = make_envs(env_id, episodes, life_loss_ends=False)
     legal = legal_actions(env_id)  # [A]
     frames = envs.reset(seed=0)[0].reshape(episodes, 96, 96, 3)
-    stack = torch.as_tensor(frames).permute(0, 3, 1, 2).repeat(1, 4, 1, 1).to(device)  # [E, 12, 96, 96]
+    stack = torch.as_tensor(frames).permute(0, 3, 1, 2).repeat(1, 4, 1, 1).to(device)  # [episodes, 12, 96, 96]
     returns = np.zeros(episodes)
     lengths = np.zeros(episodes, np.int64)
     active = np.arange(episodes)
@@ -753,11 +761,18 @@ def save_gif(path, frames):
 
 
 # --- setup ---
+# The SimSiam heads compare what g predicts with what h sees: they come along with both.
+TRANSFERRED = {
+    "h": ["representation"],
+    "hg": ["representation", "dynamics", "projector", "predictor"],
+    "hgf": ["representation", "dynamics", "projector", "predictor", "prediction"],
+}
+
+
 def load_networks(args):
     """The network to start from -> (net on the CPU, run folders of the offline games' teachers).
 
-    --pretrained loads all of it, or with --transfer hg only h and g, with h only h; the rest starts at random. The
-    SimSiam heads compare what g predicts with what h sees: they come along with both.
+    --pretrained loads all of it, or with --transfer hg only h and g, with h only h; the rest starts at random.
     """
     if args.pretrained is None:
         config = model.ModelConfig.of_width(args.channels or 64, args.blocks or 1)
@@ -771,8 +786,7 @@ def load_networks(args):
     if args.cross_task and args.total_timesteps and not (args.teachers or teachers):
         raise SystemExit(f"error: --pretrained {args.pretrained} names no teachers; give --teachers or --no-cross-task")
     net = model.EfficientZeroNet(pretrained.config)
-    parts = ["representation"] if args.transfer == "h" else ["representation", "dynamics", "projector", "predictor"]
-    for part in parts + ["prediction"] * (args.transfer == "hgf"):
+    for part in TRANSFERRED[args.transfer]:
         getattr(net, part).load_state_dict(getattr(pretrained, part).state_dict())
     return net, args.teachers or teachers
 
@@ -801,62 +815,64 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)  # sampling, search, noise and self-play
 
-    # agent setup
+    # networks and data: rows of the offline games, then a stream of rows for each environment
     net, teachers = load_networks(args)
     args.channels, args.blocks = net.config.channels, net.config.blocks
     device = choose_device(args)
-    generator = torch.Generator(device).manual_seed(args.seed)  # augmentation
+    datasets = [read_teacher(folder) for folder in teachers] if args.cross_task and args.total_timesteps else []
+    checksums = [data["checksum"] for data in datasets]
+    if args.env_id in [data["env_id"] for data in datasets]:
+        raise SystemExit(f"error: --env-id {args.env_id} is one of the offline games; choose a game that is not")
+    m = len(datasets)
+    if m and args.offline_batch_size % m:
+        raise SystemExit(f"error: --offline-batch-size {args.offline_batch_size} is not a multiple of the {m} games")
+    sizes = [args.batch_size] + m * [args.offline_batch_size // max(1, m)]  # samples of each game in a batch
+    stream_length = args.total_timesteps // E + 1
+    replay, games = make_replay(datasets, E * stream_length, device)
+    own = slice(len(replay.action) - E * stream_length, len(replay.action))  # rows of the target game
+    legal = legal_actions(args.env_id)  # [A]
+    games = [Game(args.env_id, own, legal), *games]
+    quota = math.ceil(E * args.batch_size * (args.unroll_steps + 1) / args.reanalyze_reuse)  # searched in a cycle
+
+    # agent setup
     net = net.to(device, memory_format=torch.channels_last).train()
     if args.freeze_representation:
         net.representation.requires_grad_(False).eval()  # its batch norm statistics stay too
     parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
     settings = {"lr": 0.0, "momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.SGD(parameters, **settings)
+    generator = torch.Generator(device).manual_seed(args.seed)  # augmentation
     record = model.Recorded if args.cudagraphs else None
-    quota = -(-E * args.batch_size * (args.unroll_steps + 1) // args.reanalyze_reuse)  # states searched in a cycle
-    constants = {"discount": args.gamma, "c_init": args.c_init, "record": record}
-    constants |= {"dirichlet_alpha": args.dirichlet_alpha, "noise_fraction": args.dirichlet_fraction}
-    player = mcts.Search(model.inference_copy(net), args.num_simulations, E, **constants)
-    target = mcts.Search(model.inference_copy(net), args.num_simulations, min(quota, 1024), **constants)
-    agent = mcts.Search(model.inference_copy(net), args.num_simulations, args.eval_episodes, **constants)
+    options = {"discount": args.gamma, "c_init": args.c_init, "record": record}
+    options |= {"dirichlet_alpha": args.dirichlet_alpha, "noise_fraction": args.dirichlet_fraction}
+    player = mcts.Search(model.inference_copy(net), args.num_simulations, E, **options)
+    reanalyzer = mcts.Search(model.inference_copy(net), args.num_simulations, min(quota, 1024), **options)
+    evaluator = mcts.Search(model.inference_copy(net), args.num_simulations, args.eval_episodes, **options)
     next_target_net = model.inference_copy(net)
-
-    # data setup: the offline games, then a stream of rows for each environment
-    datasets = [read_teacher(folder) for folder in teachers] if args.cross_task and args.total_timesteps else []
-    checksums = [data["checksum"] for data in datasets]
-    m = len(datasets)
-    if m and args.offline_batch_size % m:
-        raise SystemExit(f"error: --offline-batch-size {args.offline_batch_size} is not a multiple of the {m} games")
-    sizes = [args.batch_size] + m * [args.offline_batch_size // max(1, m)]  # samples of each game in a batch
-    for data in datasets:
-        if data["env_id"] == args.env_id:
-            raise SystemExit(f"error: --env-id {args.env_id} is one of the offline games; choose a game that is not")
-    legal = legal_actions(args.env_id)  # [A]
-    stream_length = args.total_timesteps // E + 1
-    replay, games = make_replay(datasets, E * stream_length, device)
-    own = slice(len(replay.action) - E * stream_length, len(replay.action))  # rows of the target game
-    games = [Game(args.env_id, own, legal), *games]
     loss_function = torch.compile(unroll_loss) if args.compile else unroll_loss
     coefficients = {name: getattr(args, f"{name}_coef") for name in ("value_prefix", "policy", "value", "consistency")}
-    settings = {"coefficients": coefficients, "sizes": sizes, "paper_loss": args.paper_loss}
-    learn_batch = functools.partial(transfer_learn, net, loss_function, **settings)
-    measure_batch = functools.partial(transfer_learn, net, unroll_loss, **settings, measure=True)  # never recorded
+    constants = {"coefficients": coefficients, "sizes": sizes, "paper_loss": args.paper_loss}
+    learn_batch = functools.partial(transfer_learn, net, loss_function, **constants)
     learn_batch = record(learn_batch) if record else learn_batch
+    # m + 2 passes back through one loss, which neither a compiled loss nor a recording allows.
+    measure_batch = functools.partial(transfer_learn, net, unroll_loss, **constants, measure=True)
 
     # the run folder, the games, and if the run goes on, all that it had
     run_name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = args.run_dir or f"runs/{run_name}"
+    # The lock is held until this process ends.
     lock, checkpoint = model.open_run(args, run_dir, MAY_CHANGE)
-    streams = np.arange(own.start, own.stop, stream_length)  # [E] first rows
+    streams = np.arange(own.start, own.stop, stream_length)  # [E] first row of each
+    # Evaluations have the seeds below 1000; ale-py takes 31 bits.
     play = start_games(args.env_id, replay, streams, seed=1000 * (1 + args.seed) % 2_000_000_000)
     random_steps = 0 if args.pretrained else args.learning_starts
     updates = env_steps = 0
-    eta = torch.ones(m, device=device)  # weight of each offline game
+    eta = torch.ones(m, device=device)  # weight of each offline game: the share of `similar` in the last measurement
     similar = torch.zeros(m, device=device)  # in how many of the `measured` updates its gradient was similar
     measured = 0
     scores = {}  # mean return of the last evaluation
     evaluations = "env_steps,updates,episode,return,length,env_id\n"
-    learners = {"net": net, "player": player.net, "target": target.net, "next_target": next_target_net}
+    learners = {"net": net, "player": player.net, "target": reanalyzer.net, "next_target": next_target_net}
     learners["optimizer"] = optimizer
     if checkpoint:
         if checkpoint["datasets"] != checksums:
@@ -879,7 +895,7 @@ if __name__ == "__main__":
     folders = [os.path.relpath(os.path.realpath(folder), os.path.realpath(run_dir)) for folder in teachers]
     info = {"args": vars(args), "env_ids": [game.env_id for game in games], "teachers": folders}
 
-    def due(every):
+    def due(every):  # whether a multiple of `every` came since the last cycle
         return updates % every < E
 
     # TRY NOT TO MODIFY: start the game
@@ -887,6 +903,7 @@ if __name__ == "__main__":
     log_every = max(1, min(100, args.total_timesteps // 100))  # updates
     start_time, start_updates = time.time(), updates
     cycles = range(start_updates, total_updates + 1, E)
+    # Each cycle begins with what is due before update number `updates`: so the untrained network is evaluated too.
     for updates in tqdm(cycles, initial=start_updates // E, unit="update", unit_scale=E, disable=None):
         last = updates == total_updates
         evaluating = last or due(args.eval_every)
@@ -900,12 +917,12 @@ if __name__ == "__main__":
             checkpoint |= {"priority": torch.from_numpy(replay.priority)}
             checkpoint |= {"eta": eta, "similar": similar, "measured": measured, "datasets": checksums}
             checkpoint |= {"updates": updates, "scores": scores, "evaluations": evaluations}
-            with model.whole_file(f"{run_dir}/checkpoint.pt") as file:
+            with model.whole_file(f"{run_dir}/checkpoint.pt") as file:  # a resumed run repeats the evaluation
                 torch.save(checkpoint, file)
         if evaluating:
             movie = [] if args.capture_video else None
-            model.refresh(agent.net, net)
-            returns, lengths = evaluate(agent, args.env_id, args.eval_max_frames, movie)
+            model.refresh(evaluator.net, net)
+            returns, lengths = evaluate(evaluator, args.env_id, args.eval_max_frames, movie)
             evaluations += log_evaluation(writer, args.env_id, env_steps, updates, returns, lengths)
             scores = {args.env_id: float(returns.mean())}
             with model.whole_file(f"{run_dir}/evaluations.csv") as file:
@@ -923,7 +940,9 @@ if __name__ == "__main__":
             model.refresh(player.net, net)
             if env_steps >= random_steps:
                 result = reanalyze(player, replay, play.newest, legal, rng, noise=True)
-        while env_steps < min(args.total_timesteps, max(args.learning_starts, updates + E)):
+        # First the steps before learning, then one in each environment before its E updates.
+        wanted_steps = min(args.total_timesteps, max(args.learning_starts, updates + E))
+        while env_steps < wanted_steps:
             # ALGO LOGIC: put action logic here
             if env_steps < random_steps:
                 action = rng.choice(np.flatnonzero(legal), E)
@@ -931,7 +950,8 @@ if __name__ == "__main__":
                 action = select_actions(replay.policy[play.newest], temperature, rng)
 
             # TRY NOT TO MODIFY: execute the game and log data.
-            play_step(play, replay, action, env_steps, priority=replay.priority[own].max() or 1.0)
+            highest = replay.priority[own].max() or 1.0
+            play_step(play, replay, action, env_steps, priority=highest)
             env_steps += E
             if env_steps >= random_steps:
                 result = reanalyze(player, replay, play.newest, legal, rng, noise=True)
@@ -941,27 +961,31 @@ if __name__ == "__main__":
 
         # ALGO LOGIC: training.
         if due(args.target_interval):  # the target network is the network of one to two intervals ago
-            model.refresh(target.net, next_target_net)
+            model.refresh(reanalyzer.net, next_target_net)
             model.refresh(next_target_net, net)
-        stored = np.concatenate([own.start + np.flatnonzero(replay.acted[own]), play.newest])
-        reanalyze(target, replay, stalest(replay, stored, quota), legal, rng, noise=True)
+        stored = own.start + np.flatnonzero(replay.acted[own])  # not the newest: their policies are played next
+        reanalyze(reanalyzer, replay, stalest(replay, stored, quota), legal, rng, noise=True)
         beta = args.priority_beta + (1 - args.priority_beta) * min(1.0, updates / (1.2 * args.total_timesteps))
         rows, weight = sample(replay, games, sizes, E, args.priority_exponent, beta, rng)  # [E, B + offline] each
         td_steps = np.full(rows.shape, args.td_steps)  # fixed data do not age
         age = env_steps - replay.stored_at[rows[:, : args.batch_size]]
         td_steps[:, : args.batch_size] = td_steps_by_age(age, args.total_timesteps, args.td_steps)
-        cycle = make_targets(replay, rows, td_steps, args.unroll_steps, args.gamma, args.clip_rewards, rng)
-        cycle["weight"] = weight
-        cycle = {name: torch.from_numpy(x).to(device) for name, x in cycle.items()}  # [E, B + offline, ...] each
-        numbers = []
+        batches = make_targets(replay, rows, td_steps, args.unroll_steps, args.gamma, args.clip_rewards, rng)
+        batches["weight"] = weight
+        batches = {name: torch.from_numpy(x).to(device) for name, x in batches.items()}  # [E, B + offline, ...] each
+        priorities, numbers = [], []
         for update in range(updates, updates + E):
-            batch = take_batch(replay, cycle, update - updates, generator)
+            batch = take_batch(replay, batches, update - updates, generator)
             phase = update % args.similarity_interval
-            if phase == args.similarity_updates and measured:
-                eta, similar, measured = similar / measured, torch.zeros_like(similar), 0
+            if phase == args.similarity_updates and measured:  # 120 of 500 similar: eta = 0.24 (XTRA, Appendix B)
+                eta = similar / measured
+                similar = torch.zeros_like(similar)
+                measured = 0
             measure = m and args.task_weights and update >= args.similarity_start and phase < args.similarity_updates
-            loss, terms, priority, cosines = (measure_batch if measure else learn_batch)(batch, eta)
-            if measure:
+            if not measure:
+                loss, terms, priority, _ = learn_batch(batch, eta)
+            else:
+                loss, terms, priority, cosines = measure_batch(batch, eta)
                 similar = similar + (cosines > args.similarity_threshold)
                 measured += 1
                 for game, cosine in zip(games[1:], cosines.tolist(), strict=True):
@@ -969,14 +993,17 @@ if __name__ == "__main__":
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.param_groups[0]["lr"] = learning_rate_at(update, args.total_timesteps, args.learning_rate)
             optimizer.step()
-            numbers.append(torch.cat([priority, loss.view(1), norm.view(1)]))
-        numbers = torch.stack(numbers).cpu().numpy()  # [E, B + offline + 2]: the cycle's only wait but the searches'
+            priorities.append(priority)
+            numbers.append(torch.stack([loss, norm]))
+        numbers = torch.stack(numbers).cpu().numpy()  # [E, 2]; with the searches, where a cycle waits for a GPU
         if not np.isfinite(numbers).all():
             raise SystemExit(f"error: the loss is not finite after update {updates}; try a lower --learning-rate")
-        replay.priority[rows] = numbers[:, :-2]  # of a row that came in several updates the latest stays
+        # Of a row that came in several updates the latest priority stays.
+        replay.priority[rows] = torch.stack(priorities).cpu().numpy()  # [E, B + offline]
 
         if due(log_every):
-            writer.add_scalar("losses/loss", numbers[-1, -2], updates)
+            writer.add_scalar("losses/loss", numbers[-1, 0], updates)
+            writer.add_scalar("losses/gradient_norm", numbers[-1, 1], updates)
             for name, term in terms.items():
                 for game, part in zip(games, term.split(sizes), strict=True):
                     suffix = "" if game is games[0] else f"/{game.env_id}"

@@ -13,11 +13,11 @@ The x-axis is updates; there are no environment steps outside evaluation.
 
 import functools
 import hashlib
+import math
 import os
 import re
 import time
-from dataclasses import dataclass, is_dataclass
-from dataclasses import field as group
+from dataclasses import dataclass, field, is_dataclass
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -100,11 +100,11 @@ class Args:
     batch_size: int = 256  # samples per update, shared evenly among the datasets
     channels: int = 64  # channels of the latent; LSTM and projector scale with them
     blocks: int = 4  # residual blocks per group of the representation network h (1: EfficientZero; 4: -L and XTRA)
-    training: Training = group(default_factory=Training)
-    targets: Targets = group(default_factory=Targets)
-    search: Search = group(default_factory=Search)
-    evaluation: Evaluation = group(default_factory=Evaluation)
-    run: Run = group(default_factory=Run)
+    training: Training = field(default_factory=Training)
+    targets: Targets = field(default_factory=Targets)
+    search: Search = field(default_factory=Search)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    run: Run = field(default_factory=Run)
 
 
 MAY_CHANGE = {*vars(Run()), "datasets"}  # on --resume; the content of the datasets is compared
@@ -181,7 +181,7 @@ def atari_rom(env_id):
 def make_envs(env_id, num_envs, *, life_loss_ends):
     """`num_envs` copies of a game; after `reset(seed=s)` copy i plays the games of seed s + i.
 
-    Observations are uint8 [E, 96, 96, 3] after `obs.reshape(E, 96, 96, 3)`, rewards raw, Atari actions ALE ids. A game
+    Observations are uint8 after `obs.reshape(num_envs, 96, 96, 3)`, rewards raw, Atari actions ALE ids. A game
     is over if truncated, or terminated with 0 lives in the info; the next step ignores its action, pays 0 and
     returns the first frame of a new game. life_loss_ends: a lost life is `terminated` too, and the game goes on.
     """
@@ -228,7 +228,8 @@ def legal_actions(env_id):
 
 
 # --- data ---
-LIFE_LOST, GAME_OVER, TIME_LIMIT = 1, 2, 3  # what `Replay.end` says of an episode's last action; all are terminal
+# What `Replay.end` says of an episode's last action. All are terminal, the time limit too, as in EfficientZero.
+LIFE_LOST, GAME_OVER, TIME_LIMIT = 1, 2, 3
 
 
 class Replay:
@@ -245,9 +246,9 @@ class Replay:
         self.acted = np.zeros(rows, bool)  # [R] whether a_t was taken
         self.end = np.zeros(rows, np.uint8)  # [R] 0, or how a_t ended the episode: LIFE_LOST, GAME_OVER, TIME_LIMIT
         self.age = np.zeros(rows, np.int64)  # [R] t, environment steps since the episode's first frame
-        self.stored_at = np.zeros(rows, np.int64)  # [R] environment steps of the run when a_t was taken
+        self.stored_at = np.zeros(rows, np.int64)  # [R] environment steps of the run when a_t was taken (finetune.py)
         self.priority = np.zeros(rows)  # [R] 0 where not acted
-        self.policy = np.zeros((rows, 18), np.float32)  # [R, A] visits / S of the latest search of o_t
+        self.policy = np.zeros((rows, 18), np.float32)  # [R, A] visits / num_simulations of the latest search of o_t
         self.value = np.zeros(rows, np.float32)  # [R] value of o_t, of the same network
         self.turn = np.zeros(rows, np.int64)  # [R] number of that search; 0: never searched
 
@@ -298,7 +299,7 @@ def make_replay(datasets, extra_rows, device):
     free = psutil.virtual_memory().available
     if device.type == "cpu" and num_bytes > free:
         found = f"the frames take {num_bytes / 1e9:.1f} GB, but {free / 1e9:.1f} GB of memory are free"
-        raise SystemExit(f"error: {found}; give fewer or shorter datasets, or lower --total-timesteps")
+        raise SystemExit(f"error: {found}; store fewer steps or games, or close other programs")
     print(f"frames: {num_bytes / 1e9:.1f} GB {'on the GPU' if device.type == 'cuda' else 'in RAM'}")
     replay = Replay(sum(lengths) + extra_rows, device)
     games = []
@@ -321,8 +322,9 @@ def unpack_dataset(replay, rows, data):
         start = stop
     for name in data.keys() & vars(replay).keys() - {"frames"}:  # policy and value too, if a teacher gave them
         getattr(replay, name)[rows] = data[name]
-    starts = np.ones(rows.stop - rows.start, bool)  # an episode starts after an end or after a row not acted on
-    starts[1:] = (data["end"][:-1] > 0) & data["acted"][1:] | ~data["acted"][:-1]
+    # An episode starts after a row not acted on, and after a lost life. A game's last frame still belongs to it.
+    starts = np.ones(rows.stop - rows.start, bool)
+    starts[1:] = ~data["acted"][:-1] | ((data["end"][:-1] > 0) & data["acted"][1:])
     t = np.arange(len(starts))
     replay.age[rows] = t - np.maximum.accumulate(np.where(starts, t, 0))
     replay.priority[rows] = data["acted"]
@@ -396,40 +398,42 @@ def make_targets(replay, roots, td_steps, unroll_steps, gamma, clip_rewards, rng
     gamma is per environment step of 4 frames. `frames` are the rows of o_t-3 .. o_t+K; past the end the last repeats.
     """
     shape = roots.shape
-    roots, td_steps = roots.ravel(), td_steps.ravel()  # [n]
-    n, K = len(roots), unroll_steps
+    roots = roots.ravel()  # [N], N = E * B
+    td_steps = td_steps.ravel()  # [N]
+    N, K = len(roots), unroll_steps
     J = K + td_steps.max()
-    rows = np.repeat(roots[:, None], J + 1, axis=1)  # [n, J+1] of state j, clipped to the last state that exists
-    exists = np.ones((n, J + 1), bool)  # action j-1 was taken, so there is a frame
-    alive = np.ones((n, J + 1), bool)  # exists and is not terminal
+    rows = np.repeat(roots[:, None], J + 1, axis=1)  # [N, J+1] of state j, clipped to the last state that exists
+    exists = np.ones((N, J + 1), bool)  # action j-1 was taken, so there is a frame
+    alive = np.ones((N, J + 1), bool)  # exists and is not terminal
     for j in range(J):
         exists[:, j + 1] = alive[:, j] & replay.acted[rows[:, j]]
         alive[:, j + 1] = exists[:, j + 1] & (replay.end[rows[:, j]] == 0)
         rows[:, j + 1] = rows[:, j] + exists[:, j + 1]
-    taken = exists[:, 1:]  # [n, J] whether action j was taken
-    reward = replay.reward[rows[:, :-1]] * taken  # [n, J]
+    taken = exists[:, 1:]  # [N, J] whether action j was taken
+    reward = replay.reward[rows[:, :-1]] * taken  # [N, J]
     reward = np.sign(reward) if clip_rewards else reward
-    prefix = np.cumsum(reward[:, :K], axis=1)  # [n, K]
-    for k in range(K, mcts.VALUE_PREFIX_HORIZON, -1):  # u_k counts from the last reset of the LSTM on
+    prefix = np.cumsum(reward[:, :K], axis=1)  # [N, K]
+    # If K > 5: u_k counts from the last reset of the LSTM on. Backwards, as each subtrahend must still be a plain sum.
+    for k in range(K, mcts.VALUE_PREFIX_HORIZON, -1):
         last_reset = (k - 1) // mcts.VALUE_PREFIX_HORIZON * mcts.VALUE_PREFIX_HORIZON
         prefix[:, k - 1] -= prefix[:, last_reset - 1]
-    value = np.zeros((n, K + 1))
+    value = np.zeros((N, K + 1))
     for k in range(K + 1):
-        steps = np.minimum(td_steps, taken[:, k:].sum(axis=1))  # [n]
+        n = np.minimum(td_steps, taken[:, k:].sum(axis=1))  # [N]
         for i in range(td_steps.max()):
-            value[:, k] += (i < steps) * gamma**i * reward[:, k + i]
-        bootstrap = rows[np.arange(n), k + steps]
-        value[:, k] += gamma**steps * replay.value[bootstrap] * alive[np.arange(n), k + steps]
+            value[:, k] += (i < n) * gamma**i * reward[:, k + i]
+        bootstrap = rows[np.arange(N), k + n]
+        value[:, k] += gamma**n * replay.value[bootstrap] * alive[np.arange(N), k + n]
     back = np.minimum([3, 2, 1], replay.age[roots, None])
     # Past the end the action is random, as in the reference: masked in every loss, it only enters BN's statistics.
-    action = np.where(taken[:, :K], replay.action[rows[:, :K]], rng.integers(18, size=(n, K)))
+    action = np.where(taken[:, :K], replay.action[rows[:, :K]], rng.integers(18, size=(N, K)))
     targets = {
-        "frames": np.concatenate([roots[:, None] - back, rows[:, : K + 1]], axis=1),  # [n, K+4]
-        "action": action,  # [n, K]
-        "mask": exists[:, : K + 1].astype(np.float32),  # [n, K+1]
-        "policy": replay.policy[rows[:, : K + 1]] * alive[:, : K + 1, None],  # [n, K+1, A]
-        "value": value.astype(np.float32),  # [n, K+1]
-        "value_prefix": prefix.astype(np.float32),  # [n, K]
+        "frames": np.concatenate([roots[:, None] - back, rows[:, : K + 1]], axis=1),  # [N, K+4]
+        "action": action,  # [N, K]
+        "mask": exists[:, : K + 1].astype(np.float32),  # [N, K+1]
+        "policy": replay.policy[rows[:, : K + 1]] * alive[:, : K + 1, None],  # [N, K+1, A]
+        "value": value.astype(np.float32),  # [N, K+1]
+        "value_prefix": prefix.astype(np.float32),  # [N, K]
     }
     return {name: x.reshape(*shape, *x.shape[1:]) for name, x in targets.items()}
 
@@ -445,14 +449,14 @@ class Batch(NamedTuple):
     weight: torch.Tensor  # [B] importance weights
 
 
-def take_batch(replay, cycle, i, generator):
-    """Batch i of a cycle (`make_targets` and weights, tensors [E, B, ...]), its frames gathered and augmented."""
-    rows = cycle["frames"][i]  # [B, K+4]
+def take_batch(replay, batches, i, generator):
+    """Batch i of `make_targets` and weights (tensors [E, B, ...]), its frames gathered and augmented."""
+    rows = batches["frames"][i]  # [B, K+4]
     frames = replay.frames[rows.to(replay.frames.device)].to(rows.device)  # [B, K+4, 3, 96, 96]
     return Batch(
         obs=model.augment(frames[:, :4].flatten(1, 2), generator),
         target_obs=model.augment(frames[:, 1:].flatten(1, 2), generator),
-        **{name: x[i] for name, x in cycle.items() if name != "frames"},
+        **{name: x[i] for name, x in batches.items() if name != "frames"},
     )
 
 
@@ -471,34 +475,36 @@ def unroll_loss(net, batch, coefficients):
     priority = (model.support_to_scalar(value_logits.detach()) - batch.value[:, 0]).abs() + 1e-6
     value_code = model.scalar_to_support(batch.value, support)  # [B, K+1, S]
     prefix_code = model.scalar_to_support(batch.value_prefix, support)  # [B, K, S]
-    policy = model.cross_entropy(policy_logits, batch.policy[:, 0])
-    value = model.cross_entropy(value_logits, value_code[:, 0])
-    value_prefix = torch.zeros_like(value)
-    consistency = torch.zeros_like(value)
+    policy_loss = model.cross_entropy(policy_logits, batch.policy[:, 0])
+    value_loss = model.cross_entropy(value_logits, value_code[:, 0])
+    prefix_loss = torch.zeros_like(value_loss)
+    consistency_loss = torch.zeros_like(value_loss)
     for k in range(1, K + 1):
         latent, lstm_state, prefix_logits, policy_logits, value_logits = net.recurrent_inference(
             latent, batch.action[:, k - 1], lstm_state
         )
-        online = net.predictor(net.projector(latent)).float()  # first with gradient: autocast caches cast weights
+        # Before the call without gradients: autocast caches the weights that it casts, and with them their gradients.
+        online = net.predictor(net.projector(latent)).float()
         with torch.no_grad():  # f runs here for its batch norm statistics only, as in the reference
             target_latent = net.initial_inference(batch.target_obs[:, 3 * k - 3 : 3 * k + 9])[0]
             target = net.projector(target_latent).float()
         mask = batch.mask[:, k]  # [B]
-        policy += mask * model.cross_entropy(policy_logits, batch.policy[:, k])
-        value += mask * model.cross_entropy(value_logits, value_code[:, k])
-        value_prefix += mask * model.cross_entropy(prefix_logits, prefix_code[:, k - 1])
-        consistency -= mask * F.cosine_similarity(online, target, dim=-1, eps=1e-5)
+        policy_loss += mask * model.cross_entropy(policy_logits, batch.policy[:, k])
+        value_loss += mask * model.cross_entropy(value_logits, value_code[:, k])
+        prefix_loss += mask * model.cross_entropy(prefix_logits, prefix_code[:, k - 1])
+        consistency_loss -= mask * F.cosine_similarity(online, target, dim=-1, eps=1e-5)
         if k % mcts.VALUE_PREFIX_HORIZON == 0:
             lstm_state = net.initial_lstm_state(B, latent)
-    terms = {"value_prefix": value_prefix, "policy": policy, "value": value, "consistency": consistency}
+    terms = {"value_prefix": prefix_loss, "policy": policy_loss}
+    terms |= {"value": value_loss, "consistency": consistency_loss}
     total = sum(coefficients[name] * term for name, term in terms.items())
     return total, terms, priority
 
 
 def learn(net, loss_function, batch, *, coefficients):
-    """One pass forward and back; afterwards the parameters' `.grad` is that of `mean(weight * total) / K`.
+    """One pass forward and back -> `mean(weight * total)`, the terms and the priority of each sample.
 
-    -> K times that loss, the terms and the priority of each sample.
+    Afterwards the parameters' `.grad` is the gradient of that loss / K, K being the unroll steps (EfficientZero).
     """
     with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=batch.obs.is_cuda):
         total, terms, priority = loss_function(net, batch, coefficients)
@@ -520,7 +526,7 @@ def evaluate(search, env_id, max_frames, movie=None):
     """Plays `search.capacity` whole games side by side (seeds 0, 1, ..., full lives, no noise, the most visited action
     or the lowest of several) -> raw returns [episodes], lengths in environment steps [episodes].
 
-    movie: a list that gets the first game's frames.
+    movie: a list that gets the first game's frames (finetune.py).
     """
     episodes = search.capacity
     rng = np.random.default_rng(0)
@@ -528,7 +534,7 @@ def evaluate(search, env_id, max_frames, movie=None):
     envs = make_envs(env_id, episodes, life_loss_ends=False)
     legal = legal_actions(env_id)  # [A]
     frames = envs.reset(seed=0)[0].reshape(episodes, 96, 96, 3)
-    stack = torch.as_tensor(frames).permute(0, 3, 1, 2).repeat(1, 4, 1, 1).to(device)  # [E, 12, 96, 96]
+    stack = torch.as_tensor(frames).permute(0, 3, 1, 2).repeat(1, 4, 1, 1).to(device)  # [episodes, 12, 96, 96]
     returns = np.zeros(episodes)
     lengths = np.zeros(episodes, np.int64)
     active = np.arange(episodes)
@@ -588,7 +594,7 @@ if __name__ == "__main__":
     sizes = m * [args.batch_size // m]  # samples of each game in a batch
     replay, games = make_replay(datasets, 0, device)
     env_ids = [game.env_id for game in games]
-    quota = -(-E * sizes[0] * (args.unroll_steps + 1) // args.reanalyze_reuse)  # states searched in a cycle, per game
+    quota = math.ceil(E * sizes[0] * (args.unroll_steps + 1) / args.reanalyze_reuse)  # of a game, searched in a cycle
 
     # agent setup
     config = model.ModelConfig.of_width(args.channels, args.blocks)
@@ -597,10 +603,10 @@ if __name__ == "__main__":
     settings = {"lr": 0.0, "momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.SGD(parameters, **settings)
     record = model.Recorded if args.cudagraphs else None
-    constants = {"discount": args.gamma, "c_init": args.c_init, "record": record}
-    constants |= {"dirichlet_alpha": args.dirichlet_alpha, "noise_fraction": args.dirichlet_fraction}
-    target = mcts.Search(model.inference_copy(net), args.num_simulations, min(quota, 1024), **constants)
-    agent = mcts.Search(model.inference_copy(net), args.num_simulations, args.eval_episodes, **constants)
+    options = {"discount": args.gamma, "c_init": args.c_init, "record": record}
+    options |= {"dirichlet_alpha": args.dirichlet_alpha, "noise_fraction": args.dirichlet_fraction}
+    reanalyzer = mcts.Search(model.inference_copy(net), args.num_simulations, min(quota, 1024), **options)
+    evaluator = mcts.Search(model.inference_copy(net), args.num_simulations, args.eval_episodes, **options)
     next_target_net = model.inference_copy(net)
     loss_function = torch.compile(unroll_loss) if args.compile else unroll_loss
     coefficients = {name: getattr(args, f"{name}_coef") for name in ("value_prefix", "policy", "value", "consistency")}
@@ -610,11 +616,12 @@ if __name__ == "__main__":
     # the run folder, and if the run goes on, all that it had
     run_name = f"{'+'.join(env_ids).replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = args.run_dir or f"runs/{run_name}"
+    # The lock is held until this process ends.
     lock, checkpoint = model.open_run(args, run_dir, MAY_CHANGE)
     updates = 0
     scores = {}  # mean return of the last evaluation
     evaluations = "env_steps,updates,episode,return,length,env_id\n"
-    learners = {"net": net, "target": target.net, "next_target": next_target_net, "optimizer": optimizer}
+    learners = {"net": net, "target": reanalyzer.net, "next_target": next_target_net, "optimizer": optimizer}
     if checkpoint:
         if checkpoint["datasets"] != checksums:
             raise SystemExit("error: --datasets are not those that the run was started with; give the same")
@@ -626,7 +633,7 @@ if __name__ == "__main__":
             getattr(replay, name)[:] = checkpoint[name].numpy()
         updates, scores, evaluations = checkpoint["updates"], checkpoint["scores"], checkpoint["evaluations"]
 
-    def due(every):
+    def due(every):  # whether a multiple of `every` came since the last cycle
         return updates % every < E
 
     # TRY NOT TO MODIFY: start the training
@@ -634,6 +641,7 @@ if __name__ == "__main__":
     log_every = max(1, min(100, args.num_updates // 100))  # updates
     start_time, start_updates = time.time(), updates
     cycles = range(start_updates, args.num_updates + 1, E)
+    # Each cycle begins with what is due before update number `updates`: so the untrained network is evaluated too.
     for updates in tqdm(cycles, initial=start_updates // E, unit="update", unit_scale=E, disable=None):
         last = updates == args.num_updates
         evaluating = last or due(args.eval_every)
@@ -644,12 +652,12 @@ if __name__ == "__main__":
             for name in ("priority", "policy", "value", "turn"):
                 checkpoint[name] = torch.from_numpy(getattr(replay, name))
             checkpoint |= {"updates": updates, "scores": scores, "evaluations": evaluations, "datasets": checksums}
-            with model.whole_file(f"{run_dir}/checkpoint.pt") as file:
+            with model.whole_file(f"{run_dir}/checkpoint.pt") as file:  # a resumed run repeats the evaluation
                 torch.save(checkpoint, file)
         if evaluating:
-            model.refresh(agent.net, net)
+            model.refresh(evaluator.net, net)
             for env_id in env_ids:
-                returns, lengths = evaluate(agent, env_id, args.eval_max_frames)
+                returns, lengths = evaluate(evaluator, env_id, args.eval_max_frames)
                 suffix = f"/{env_id}" if m > 1 else ""
                 evaluations += log_evaluation(writer, env_id, 0, updates, returns, lengths, suffix)
                 scores = scores | {env_id: float(returns.mean())}
@@ -663,32 +671,36 @@ if __name__ == "__main__":
 
         # ALGO LOGIC: training.
         if due(args.target_interval):  # the target network is the network of one to two intervals ago
-            model.refresh(target.net, next_target_net)
+            model.refresh(reanalyzer.net, next_target_net)
             model.refresh(next_target_net, net)
         for game in games:
+            # The first time these are all states of the game.
             rows = stalest(replay, np.arange(game.rows.start, game.rows.stop), quota)
-            result = reanalyze(target, replay, rows, game.legal, rng, noise=True)
+            result = reanalyze(reanalyzer, replay, rows, game.legal, rng, noise=True)
         beta = args.priority_beta + (1 - args.priority_beta) * min(1.0, updates / (1.2 * args.num_updates))
         rows, weight = sample(replay, games, sizes, E, args.priority_exponent, beta, rng)  # [E, B] each
         td_steps = np.full(rows.shape, args.td_steps)  # fixed data do not age
-        cycle = make_targets(replay, rows, td_steps, args.unroll_steps, args.gamma, args.clip_rewards, rng)
-        cycle["weight"] = weight
-        cycle = {name: torch.from_numpy(x).to(device) for name, x in cycle.items()}  # [E, B, ...] each
-        numbers = []
+        batches = make_targets(replay, rows, td_steps, args.unroll_steps, args.gamma, args.clip_rewards, rng)
+        batches["weight"] = weight
+        batches = {name: torch.from_numpy(x).to(device) for name, x in batches.items()}  # [E, B, ...] each
+        priorities, numbers = [], []
         for update in range(updates, updates + E):
-            batch = take_batch(replay, cycle, update - updates, generator)
+            batch = take_batch(replay, batches, update - updates, generator)
             loss, terms, priority = learn_batch(batch)
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.param_groups[0]["lr"] = learning_rate_at(update, args.num_updates, args.learning_rate)
             optimizer.step()
-            numbers.append(torch.cat([priority, loss.view(1), norm.view(1)]))
-        numbers = torch.stack(numbers).cpu().numpy()  # [E, B + 2]: the only wait for a GPU in a cycle but the search's
+            priorities.append(priority)
+            numbers.append(torch.stack([loss, norm]))
+        numbers = torch.stack(numbers).cpu().numpy()  # [E, 2]; with the searches, where a cycle waits for a GPU
         if not np.isfinite(numbers).all():
             raise SystemExit(f"error: the loss is not finite after update {updates}; try a lower --learning-rate")
-        replay.priority[rows] = numbers[:, :-2]  # of a row that came in several updates the latest stays
+        # Of a row that came in several updates the latest priority stays.
+        replay.priority[rows] = torch.stack(priorities).cpu().numpy()  # [E, B]
 
         if due(log_every):
-            writer.add_scalar("losses/loss", numbers[-1, -2], updates)
+            writer.add_scalar("losses/loss", numbers[-1, 0], updates)
+            writer.add_scalar("losses/gradient_norm", numbers[-1, 1], updates)
             for name, term in terms.items():
                 writer.add_scalar(f"losses/{name}_loss", term.mean().item(), updates)
             writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], updates)
@@ -701,10 +713,12 @@ if __name__ == "__main__":
 
     if m == 1:  # the teacher's answers for every state of its data
         print(f"searching the {len(replay.action):,} states of {args.datasets[0]}")
-        model.refresh(target.net, net)
-        reanalyze(target, replay, np.arange(len(replay.action)), games[0].legal, rng, noise=False)
+        model.refresh(reanalyzer.net, net)
+        reanalyze(reanalyzer, replay, np.arange(len(replay.action)), games[0].legal, rng, noise=False)
         path = os.path.relpath(os.path.realpath(args.datasets[0]), os.path.realpath(run_dir))
         answers = {"policy": replay.policy, "value": replay.value, "score": scores[env_ids[0]]}
         with model.whole_file(f"{run_dir}/targets.npz") as file:
             np.savez_compressed(file, dataset=path, checksum=checksums[0], **answers)
-    print(f"{run_dir}: teacher saved. Next: python distill.py --teachers {run_dir} OTHER_TEACHERS...")
+        print(f"{run_dir}: teacher saved. Next: python distill.py --teachers {run_dir} OTHER_TEACHERS...")
+    else:
+        print(f"{run_dir}: model saved. Next: tensorboard --logdir {run_dir}")

@@ -14,20 +14,20 @@ heading() { printf '\n=== %4d s  %s\n' $(($(date +%s) - started)) "$*"; }
 
 heading "1/5 EfficientZero from scratch, which collects the offline data: Phoenix"
 $PYTHON finetune.py --env-id PhoenixNoFrameskip-v4 --total-timesteps 400 --learning-starts 200 \
-  --save-dataset $RUN/data-phoenix --run-dir $RUN/efficientzero-phoenix $SMALL
+  --save-dataset $RUN/phoenix.npz --run-dir $RUN/efficientzero-phoenix $SMALL
 heading "1/5 EfficientZero from scratch, which collects the offline data: DemonAttack"
 $PYTHON finetune.py --env-id DemonAttackNoFrameskip-v4 --total-timesteps 400 --learning-starts 200 \
-  --save-dataset $RUN/data-demonattack --run-dir $RUN/efficientzero-demonattack $SMALL
+  --save-dataset $RUN/demonattack.npz --run-dir $RUN/efficientzero-demonattack $SMALL
 heading "2/5 teachers: offline, one game each"
-$PYTHON pretrain_teacher.py --datasets $RUN/data-phoenix --num-updates 200 \
+$PYTHON pretrain_teacher.py --datasets $RUN/phoenix.npz --num-updates 200 \
   --run-dir $RUN/teacher-phoenix $SMALL
-$PYTHON pretrain_teacher.py --datasets $RUN/data-demonattack --num-updates 200 \
+$PYTHON pretrain_teacher.py --datasets $RUN/demonattack.npz --num-updates 200 \
   --run-dir $RUN/teacher-demonattack $SMALL
 heading "3/5 student: both teachers distilled into one network"
 $PYTHON distill.py --teachers $RUN/teacher-phoenix $RUN/teacher-demonattack \
   --num-updates 200 --run-dir $RUN/student $SMALL
 heading "4/5 XTRA: the student finetuned on a game it has not seen, its eta measured at updates 200 and 400"
-$PYTHON finetune.py --env-id AssaultNoFrameskip-v4 --pretrained $RUN/student --total-timesteps 500 --learning-starts 200 \
+$PYTHON finetune.py --env-id AssaultNoFrameskip-v4 --pretrained $RUN/student --total-timesteps 504 --learning-starts 200 \
   --offline-batch-size 8 --similarity-start 200 --similarity-interval 200 --similarity-updates 20 \
   --run-dir $RUN/xtra-assault $SMALL
 heading "5/5 report"

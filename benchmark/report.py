@@ -69,7 +69,7 @@ def draw(names, evaluations, scalars, output):
     figure, panels = plt.subplots(2, 2, figsize=(16, 8), layout="constrained")
     (returns, losses), (weights, cosines) = panels
     returns.set(title="Evaluation: mean raw score", ylabel="points")
-    losses.set(title="Training loss: value prefix + policy + 0.25 value + 2 consistency", ylabel="loss")
+    losses.set(title="Training loss: the weighted sum of its four terms", ylabel="loss")
     weights.set(title="XTRA: weight of each offline game", ylabel="eta (share of cosines above the threshold)")
     cosines.set(title="XTRA: agreement of each offline game with the target game", ylabel="cosine of the gradients")
     weights.set_ylim(-0.05, 1.05)

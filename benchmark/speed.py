@@ -151,9 +151,9 @@ def measure(name, flags, plan):
 
     def search(*args, **kwargs):  # waits for its results, on a GPU too
         stamps.append(time.perf_counter())
-        return script.agent(*args, **kwargs)
+        return script.evaluator(*args, **kwargs)
 
-    search.net, search.capacity = script.agent.net, script.agent.capacity
+    search.net, search.capacity = script.evaluator.net, script.evaluator.capacity
     env_ids = vars(script).get("env_ids") or [script.args.env_id]
     script.evaluate(search, env_ids[0], max_frames=4 * 10)
     evaluation = float(np.median(np.diff(stamps))) * len(env_ids) * 1_000 / 10_000
@@ -225,6 +225,6 @@ if __name__ == "__main__":
     widths = [max(map(len, column)) for column in zip(COLUMNS, *lines, strict=True)]
     for line in [COLUMNS, *lines]:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-    print("\nms of an update and of its parts. of floor: ms counted for one H100 / ms. eval: 32 games per 10,000 updates.")
-    print("hours: 100,000 updates with eval, no checkpoints. {cpu}, {cores} cores, {gpu}, {date}".format(**machine))
+    print("\nms of an update and its parts. of floor: ms counted for one H100 / ms. eval: 32 games of 1,000 steps in")
+    print("10,000 updates. hours: of 100,000 updates with eval. {cpu}, {cores} cores, {gpu}, {date}".format(**machine))
     print(f"{args.output}: table saved")

@@ -21,27 +21,26 @@ TRAINING = {"unroll_steps": 5, "learning_rate": 0.2, "momentum": 0.9, "weight_de
 TRAINING |= {"value_prefix_coef": 1.0, "policy_coef": 1.0, "value_coef": 0.25, "consistency_coef": 2.0}
 TARGETS = {"gamma": 0.997**4, "td_steps": 5, "clip_rewards": True, "priority_exponent": 0.6, "priority_beta": 0.4}
 SEARCH = {"num_simulations": 50, "c_init": 1.25, "dirichlet_alpha": 0.3, "dirichlet_fraction": 0.25}
-REANALYZE = {"reanalyze_reuse": 4, "target_interval": 200}
+SEARCH |= {"reanalyze_reuse": 4, "target_interval": 200}
 EVALUATION = {"eval_every": 10_000, "eval_episodes": 32, "eval_max_frames": 108_000}
 RUN = {"run_dir": None, "resume": False, "checkpoint_every": 1_000, "cuda": True, "torch_deterministic": True}
 RUN |= {"compile": True, "cudagraphs": True, "track": False, "wandb_project_name": "xtra", "wandb_entity": None}
 TRANSFER = {"pretrained": None, "teachers": (), "transfer": "hgf", "freeze_representation": False, "cross_task": True}
 TRANSFER |= {"task_weights": True, "paper_loss": False, "offline_batch_size": 256, "similarity_interval": 5_000}
 TRANSFER |= {"similarity_updates": 500, "similarity_start": 10_000, "similarity_threshold": 0.1}
+DISTILL = {"teachers": (), "policy_target": "teacher", "num_simulations": 50, "c_init": 1.25}
 OFFLINE = {"seed": 1, "num_updates": 100_000, "cycle": 8, "batch_size": 256, "channels": 64, "blocks": 4}
 ONLINE = {"env_id": "MsPacmanNoFrameskip-v4", "seed": 1, "total_timesteps": 100_000, "extra_updates": 0, "num_envs": 8}
 ONLINE |= {"learning_starts": 2_000, "selfplay_interval": 100, "batch_size": 256, "channels": None, "blocks": None}
 ONLINE |= {"save_dataset": None, "capture_video": False}
-ALL = {"training": TRAINING, "targets": TARGETS, "evaluation": EVALUATION}
 GROUPS = {
-    "pretrain_teacher": ALL | {"": OFFLINE | {"datasets": ()}, "search": SEARCH | REANALYZE},
-    "distill": ALL
-    | {"": OFFLINE | {"teachers": (), "policy_target": "teacher", "num_simulations": 50, "c_init": 1.25}},
-    "finetune": ALL | {"": ONLINE, "search": SEARCH | REANALYZE, "transfer": TRANSFER},
+    "pretrain_teacher": {"": OFFLINE | {"datasets": ()}, "search": SEARCH},
+    "distill": {"": OFFLINE | DISTILL},
+    "finetune": {"": ONLINE, "search": SEARCH, "transfer": TRANSFER},
 }
-for script in SCRIPTS:
-    GROUPS[script]["run"] = RUN | {"exp_name": script}
-FLAGS = {script: {k: v for group in GROUPS[script].values() for k, v in group.items()} for script in SCRIPTS}
+for script, groups in GROUPS.items():
+    groups |= {"training": TRAINING, "targets": TARGETS, "evaluation": EVALUATION, "run": RUN | {"exp_name": script}}
+FLAGS = {script: {k: v for group in groups.values() for k, v in group.items()} for script, groups in GROUPS.items()}
 OTHER = {"transfer": "hg", "policy_target": "actions", "channels": 7, "blocks": 7}  # than the default, and no text
 
 
@@ -86,12 +85,15 @@ def test_help_says_of_every_flag_in_its_group_what_it_is_and_its_default(script)
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_underscores_and_hyphens_both_work(script):
+    values, words = {}, {"_": [], "-": []}
     for name, default in FLAGS[script].items():
         value = OTHER.get(name, {bool: not default, int: 7, float: 0.5, tuple: ("a", "b")}.get(type(default), "a"))
+        values[name] = value
         flag = ("--no_" if default is True else "--") + name
-        words = [] if isinstance(value, bool) else value if isinstance(value, tuple) else [str(value)]
-        for spelling in (flag, flag.replace("_", "-")):
-            assert parse(script, spelling, *words) == FLAGS[script] | {name: value}, spelling
+        for joint in words:
+            words[joint].append(flag.replace("_", joint))
+            words[joint] += [] if isinstance(value, bool) else value if isinstance(value, tuple) else [str(value)]
+    assert parse(script, *words["_"]) == values and parse(script, *words["-"]) == values
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

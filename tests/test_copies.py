@@ -27,7 +27,7 @@ def definitions(text):
 def check(texts):
     found = [(script, *definition) for script, text in texts.items() for definition in definitions(text)]
     originals = {name: (script, text) for script, name, text, source in found if source is None}
-    assert len(originals) == sum(source is None for *_, source in found), "two of one name without a mark"
+    assert len(originals) == [source for *_, source in found].count(None), "two of one name without a mark"
     for script, name, text, source in found:
         assert source is None or originals.get(name) == (source, text), f"{script}: {name} has drifted from {source}"
     marks = sum(len(re.findall("^# Copied from ", text, re.M)) for text in texts.values())

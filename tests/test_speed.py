@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SPEED = Path(__file__).resolve().parent.parent / "benchmark/speed.py"
-TINY = "--channels 8 --batch-size 4 --offline-batch-size 4 --num-simulations 2 --unroll-steps 2"
+TINY = "--channels 8 --batch-size 4 --offline-batch-size 4 --num-simulations 2 --unroll-steps 2 --eval-episodes 2"
 LEARNING = ["draw", "batch", "training"]
 SEARCHING = ["network", "tree", "transfers", "self-play", "environment"]
 

@@ -25,41 +25,21 @@ def replay_of(reward, end, acted):
     return replay
 
 
-def targets_of(replay, roots):
-    """The targets of one batch [B, ...] with td = 2, K = 2 and gamma = 0.5."""
-    roots = np.array([roots])
-    targets = make_targets(replay, roots, np.full(roots.shape, 2), 2, 0.5, True, np.random.default_rng(0))
-    return {name: x[0] for name, x in targets.items()}
-
-
-# --- tables
-
-
-def test_values_over_a_life_loss():
-    #  row       0   1   2 | 3   4   5      the action of row 2 loses a life; row 3 is the next episode's first frame
-    #  reward   +1   0  +1 | +1  +1  -
-    replay = replay_of([1, 0, 1, 1, 1, 0], [0, 0, LIFE_LOST, 0, 0, 0], [1, 1, 1, 1, 1, 0])
-    targets = targets_of(replay, [0, 2])
-    # z_0 = r0 + .5 r1 + .25 v(2);  z_1 = r1 + .5 r2, terminal: no v;  z_2 = r2
-    np.testing.assert_allclose(targets["value"][0], [1 + 0.25 * 20, 0.5, 1])
-    # from row 2: z_0 = r2; state 1 is terminal (0, but it exists), state 2 does not exist
-    np.testing.assert_allclose(targets["value"][1], [1, 0, 0])
-    np.testing.assert_array_equal(targets["mask"], [[1, 1, 1], [1, 1, 0]])
-    np.testing.assert_array_equal(targets["policy"][1], [replay.policy[2], np.zeros(18), np.zeros(18)])
-
-
-@pytest.mark.parametrize("end", [GAME_OVER, TIME_LIMIT])
-def test_values_over_game_over_time_limit_and_the_end_of_the_stream(end):
-    #  row       0   1   2 | 3   4          the action of row 1 ends the game; row 2 is its last frame; row 3 a new game
-    #  acted     1   1   0 | 1   0
-    replay = replay_of([1, -1, 0, 1, 0], [0, end, 0, 0, 0], [1, 1, 0, 1, 0])
-    targets = targets_of(replay, [0, 3])
-    np.testing.assert_allclose(targets["value"][0], [1 - 0.5, -1, 0])  # the last frame's value is never asked for
-    np.testing.assert_array_equal(targets["policy"][0], [*replay.policy[:2], np.zeros(18)])
-    # the stream's newest frame, row 4, is not terminal: it is bootstrapped from, one step early
-    np.testing.assert_allclose(targets["value"][1], [1 + 0.5 * 40, 40, 0])
-    np.testing.assert_array_equal(targets["policy"][1], [replay.policy[3], replay.policy[4], np.zeros(18)])
-    np.testing.assert_array_equal(targets["mask"], [[1, 1, 1], [1, 1, 0]])
+def test_targets_at_every_kind_of_end():
+    #  row       0   1   2 | 3   4   5 | 6   7 | 8   9     action 2 loses a life, action 4 the game, action 6 meets the
+    #  reward   +1  -1  +1 | 0  +1   - |+1   - |-1   -     time limit; rows 5, 7 are last frames, row 9 is the newest
+    end = [0, 0, LIFE_LOST, 0, GAME_OVER, 0, TIME_LIMIT, 0, 0, 0]
+    replay = replay_of([1, -1, 1, 0, 1, 0, 1, 0, -1, 0], end, [1, 1, 1, 1, 1, 0, 1, 0, 1, 0])
+    roots, td_steps = np.array([[0, 2, 3, 6, 8]]), np.full((1, 5), 2)
+    targets = make_targets(replay, roots, td_steps, 2, 0.5, True, np.random.default_rng(0))
+    # z_k = r_k + r_k+1 / 2 + v_k+2 / 4, up to the end: terminal states have value 0, the newest is bootstrapped from
+    value = [[1 - 0.5 + 20 / 4, -1 + 0.5, 1], [1, 0, 0], [0.5, 1, 0], [1, 0, 0], [-1 + 90 / 2, 90, 0]]
+    np.testing.assert_allclose(targets["value"], [value])
+    np.testing.assert_array_equal(targets["mask"], [[[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 0], [1, 1, 0]]])
+    np.testing.assert_array_equal(targets["value_prefix"], [[[1, 0], [1, 1], [0, 1], [1, 1], [-1, -1]]])
+    p, none = replay.policy, np.zeros(18)
+    policy = [p[:3], [p[2], none, none], [p[3], p[4], none], [p[6], none, none], [p[8], p[9], none]]
+    np.testing.assert_array_equal(targets["policy"], [policy])
 
 
 def test_td_by_age_at_100k_and_at_2000_transitions():
@@ -70,9 +50,6 @@ def test_td_by_age_at_100k_and_at_2000_transitions():
     assert (td[-29_999:] == 5).all() and td[0] == 2
     assert (td_steps_by_age(2_000 - np.arange(2_000), 100_000, 5) == 5).all()
     assert td_steps_by_age(np.array([10**9]), 100_000, 5) == 1
-
-
-# --- frames
 
 
 def test_stacks_repeat_an_episodes_first_frame_and_targets_its_last(monkeypatch):
