@@ -325,13 +325,14 @@ def read_dataset(path):
     names = {"env_id", "frames", "chunk_ends", *by_row}
     if not names <= data.keys():
         raise SystemExit(f"error: {path} has no {', '.join(sorted(names - data.keys()))}; give a dataset")
-    data["env_id"] = str(data["env_id"])
+    data = {name: data[name] for name in names} | {"env_id": str(data["env_id"])}
     R = len(data["action"])
     if R == 0 or {len(data[name]) for name in by_row} != {R} or len(data["chunk_ends"]) != -(-R // 8):
         raise SystemExit(f"error: dataset {path} has not one entry per frame and a chunk for every 8; write it again")
     is_last = np.append(False, data["end"][:-1] >= GAME_OVER)  # [R] the last frame of a game, or of the data
     is_last[-1] = True
     problems = {
+        "no step in it was acted on": not data["acted"].any(),
         "actions are not ALE ids, 0 to 17": (data["action"] >= 18).any(),
         "rewards are not finite": not np.isfinite(data["reward"]).all(),
         "a last frame is missing (a row with acted = False after a game and at the end)": data["acted"][is_last].any(),
@@ -473,7 +474,7 @@ def play_step(play, replay, action, env_steps, priority=1.0):
     replay.reward[rows] = reward
     replay.acted[rows] = acted
     replay.end[rows] = end * acted
-    replay.stored_at[rows] = env_steps
+    replay.stored_at[rows] = env_steps + np.arange(E)
     replay.priority[rows] = priority * acted
     replay.frames[rows + 1] = torch.from_numpy(frames).to(replay.frames.device).permute(0, 3, 1, 2)
     replay.age[rows + 1] = np.where(play.over | (end == LIFE_LOST), 0, replay.age[rows] + 1)
@@ -595,8 +596,9 @@ class Batch(NamedTuple):
 # Copied from pretrain_teacher.py
 def take_batch(replay, batches, i, generator):
     """Batch i of `make_targets` and weights (tensors [E, B, ...]), its frames gathered and augmented."""
-    rows = batches["frames"][i]  # [B, K+4]
-    frames = replay.frames[rows.to(replay.frames.device)].to(rows.device)  # [B, K+4, 3, 96, 96]
+    frames = replay.frames[batches["frames"][i]]  # [B, K+4, 3, 96, 96]
+    if frames.device != generator.device:  # from RAM to a GPU, which does not wait for the next update
+        frames = frames.pin_memory().to(generator.device, non_blocking=True)
     return Batch(
         obs=model.augment(frames[:, :4].flatten(1, 2), generator),
         target_obs=model.augment(frames[:, 1:].flatten(1, 2), generator),
@@ -799,6 +801,8 @@ if __name__ == "__main__":
     total_updates = args.total_timesteps + args.extra_updates
     if args.total_timesteps % E or args.extra_updates % E:
         raise SystemExit(f"error: --total-timesteps and --extra-updates must be multiples of --num-envs, here {E}")
+    if args.extra_updates and args.total_timesteps == 0:
+        raise SystemExit("error: --extra-updates need --total-timesteps before them; give both")
     if args.total_timesteps and args.num_simulations == 0:
         raise SystemExit("error: --num-simulations 0 only evaluates; training searches, give 1 or more")
     if args.similarity_updates >= args.similarity_interval:
@@ -819,7 +823,8 @@ if __name__ == "__main__":
     net, teachers = load_networks(args)
     args.channels, args.blocks = net.config.channels, net.config.blocks
     device = choose_device(args)
-    datasets = [read_teacher(folder) for folder in teachers] if args.cross_task and args.total_timesteps else []
+    teachers = teachers if args.cross_task and args.total_timesteps else ()
+    datasets = [read_teacher(folder) for folder in teachers]
     checksums = [data["checksum"] for data in datasets]
     if args.env_id in [data["env_id"] for data in datasets]:
         raise SystemExit(f"error: --env-id {args.env_id} is one of the offline games; choose a game that is not")
@@ -973,6 +978,7 @@ if __name__ == "__main__":
         batches = make_targets(replay, rows, td_steps, args.unroll_steps, args.gamma, args.clip_rewards, rng)
         batches["weight"] = weight
         batches = {name: torch.from_numpy(x).to(device) for name, x in batches.items()}  # [E, B + offline, ...] each
+        batches["frames"] = batches["frames"].to(replay.frames.device)
         priorities, numbers = [], []
         for update in range(updates, updates + E):
             batch = take_batch(replay, batches, update - updates, generator)
@@ -993,13 +999,13 @@ if __name__ == "__main__":
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.param_groups[0]["lr"] = learning_rate_at(update, args.total_timesteps, args.learning_rate)
             optimizer.step()
-            priorities.append(priority)
+            priorities.append(priority.clone())  # a recording writes its results in the same place each time
             numbers.append(torch.stack([loss, norm]))
         numbers = torch.stack(numbers).cpu().numpy()  # [E, 2]; with the searches, where a cycle waits for a GPU
-        if not np.isfinite(numbers).all():
+        priorities = torch.stack(priorities).cpu().numpy()  # [E, B + offline]
+        if not (np.isfinite(numbers).all() and np.isfinite(priorities).all()):
             raise SystemExit(f"error: the loss is not finite after update {updates}; try a lower --learning-rate")
-        # Of a row that came in several updates the latest priority stays.
-        replay.priority[rows] = torch.stack(priorities).cpu().numpy()  # [E, B + offline]
+        replay.priority[rows] = priorities  # of a row that came in several updates the latest stays
 
         if due(log_every):
             writer.add_scalar("losses/loss", numbers[-1, 0], updates)

@@ -1,10 +1,10 @@
-"""The EfficientZero networks, the value transform and the augmentation: tensors in, tensors out, alike in train and
-eval mode and on any device. At the end the few lines that write and read files.
+"""The EfficientZero networks, the value transform and the augmentation: tensors in, tensors out, on any device. Then
+what records kernels on a GPU, and at the end what writes and reads files and keeps a run folder.
 
     o_t-3..o_t --h--> s_0 --g(a_t)--> s_1 --g(a_t+1)--> s_2 ...    h  RepresentationNetwork    B  batch
                        |               |                           g  DynamicsNetwork          C  channels of the latent
-                       f               f, value prefix (LSTM)      f  PredictionNetwork        A  actions, 18 ALE ids
-                       |               |                           SimSiam: projector and      S  support atoms, 601
+                       |               |-LSTM-> value prefix       f  PredictionNetwork        A  actions, 18 ALE ids
+                       f               f                           SimSiam: projector and      S  support atoms, 601
                   policy, value   policy, value                    predictor                   L  LSTM size
 
 "EfficientZero" is Ye et al. 2021, "XTRA" is Xu et al. 2023; the architecture is XTRA's Appendix H where the released
@@ -141,7 +141,7 @@ class Float32Linear(nn.Linear):
             return super().forward(x.float())
 
 
-def reduce(config):
+def conv1x1_flatten(config):
     """1x1 convolution: [B, C, 6, 6] -> [B, head_channels * 36]."""
     conv = nn.Conv2d(config.channels, config.head_channels, 1)
     return nn.Sequential(conv, nn.BatchNorm2d(config.head_channels), activation(config), nn.Flatten())
@@ -191,16 +191,16 @@ class DynamicsNetwork(nn.Module):
         self.conv = nn.Sequential(conv3x3(c + 1, c), nn.BatchNorm2d(c))
         self.activation = activation(config)
         self.block = ResidualBlock(config, c, c)
-        self.reduce = reduce(config)
+        self.reduce = conv1x1_flatten(config)
         self.lstm = nn.LSTMCell(config.head_channels * 36, lstm_size)
-        hidden = mlp(config, lstm_size, 2 * config.support + 1)
-        self.prefix_head = nn.Sequential(nn.BatchNorm1d(lstm_size), activation(config), *hidden)
+        head = mlp(config, lstm_size, 2 * config.support + 1)
+        self.prefix_head = nn.Sequential(nn.BatchNorm1d(lstm_size), activation(config), *head)
 
     def forward(self, latent, action, lstm_state):
         """latent [B, C, 6, 6], action [B] int64 ALE ids, lstm_state (h, c) each [B, L]
         -> next latent, lstm_state, value prefix logits [B, S]."""
         action_plane = (action.to(latent.dtype) / self.actions).view(-1, 1, 1, 1).expand(-1, 1, 6, 6)
-        action_plane = action_plane.contiguous(memory_format=torch.channels_last)  # so that `cat` keeps the latent's
+        action_plane = action_plane.contiguous(memory_format=torch.channels_last)  # so that `cat` keeps its order
         x = self.conv(torch.cat([latent, action_plane], dim=1))  # [B, C+1, 6, 6] -> [B, C, 6, 6]
         # The scaling sits before every use of the new latent, the value prefix included: the reference's hook halves
         # the whole gradient that arrives there, so the step-k losses reach the root latent with a factor 0.5^k.
@@ -216,8 +216,8 @@ class PredictionNetwork(nn.Module):
         super().__init__()
         inputs = config.head_channels * 36
         self.block = ResidualBlock(config, config.channels, config.channels)
-        self.policy = nn.Sequential(*reduce(config), *mlp(config, inputs, config.actions))
-        self.value = nn.Sequential(*reduce(config), *mlp(config, inputs, 2 * config.support + 1))
+        self.policy = nn.Sequential(*conv1x1_flatten(config), *mlp(config, inputs, config.actions))
+        self.value = nn.Sequential(*conv1x1_flatten(config), *mlp(config, inputs, 2 * config.support + 1))
 
     def forward(self, latent):
         x = self.block(latent)
@@ -281,7 +281,7 @@ def inference_copy(net):
     here, once, and not by autocast in each call. The copy does not follow `net` (`refresh` makes it), and has no
     projector and predictor.
     """
-    net = copy.deepcopy(net).eval().requires_grad_(False)
+    net = copy.deepcopy(net).eval()
     net.projector = net.predictor = None
     for layers in [module for module in net.modules() if isinstance(module, nn.Sequential)]:
         for i in range(len(layers) - 1):
@@ -297,7 +297,7 @@ def inference_copy(net):
 
 def refresh(frozen, net):
     """Gives an `inference_copy` the weights of `net` or of another copy, in place: recorded kernels read them there."""
-    copied = inference_copy(net) if net.training else net
+    copied = inference_copy(net) if net.training else net  # copies are in eval mode
     frozen.load_state_dict(copied.state_dict())
 
 

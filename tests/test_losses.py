@@ -51,9 +51,6 @@ def some_batch(B=3, K=3, seed=0):
     return Batch(action=torch.as_tensor(rng.integers(18, size=(B, K))), **tensors)
 
 
-# --- the terms
-
-
 def expected_terms(net, batch):
     """Each term [B] in numpy, and the value [B] of the roots. The two-hot code has its tests in test_model.py."""
     B, K = batch.action.shape
@@ -98,36 +95,25 @@ def test_terms_total_and_priority_are_what_numpy_says(K):
 
 
 @torch.no_grad()
-def test_the_loss_of_a_new_network():
+def test_a_new_network_is_uniform_and_gives_a_zero_target_the_least_priority():
     batch = some_batch()._replace(value=torch.zeros(3, 4))
     _, terms, priority = unroll_loss(model.EfficientZeroNet(TINY), batch, PAPER)
-    # uniform policies and values: log 18 and log 601 at each of the 1 + (3, 1, 2) policies and values; prefixes 3, 1, 2
-    np.testing.assert_allclose(terms["policy"], np.log(18) * np.array([4, 2, 3]), rtol=1e-5)
-    np.testing.assert_allclose(terms["value"], np.log(601) * np.array([4, 2, 3]), rtol=1e-5)
-    np.testing.assert_allclose(terms["value_prefix"], np.log(601) * np.array([3, 1, 2]), rtol=1e-5)
-    np.testing.assert_allclose(priority, 1e-6)  # the value of a new network is 0
+    np.testing.assert_allclose(priority, 1e-6)
+    np.testing.assert_allclose(terms["policy"], np.log(18) * np.array([4, 2, 3]), rtol=1e-5)  # 1 + (3, 1, 2) states
 
 
 def test_behaviour_cloning_is_the_mean_cross_entropy_of_the_actions():
     net, batch = tiny_net(), some_batch(K=1)
     logs = net.initial_inference(batch.obs)[1].log_softmax(-1)
     expected = -torch.stack([logs[i, action] for i, action in enumerate(batch.action[:, 0].tolist())])
-    layer = net.prediction.policy[-1]
-    gradient = torch.autograd.grad((batch.weight * expected).mean(), layer.weight)[0]
+    layer, mean = net.prediction.policy[-1], (batch.weight * expected).mean()
+    gradient = torch.autograd.grad(mean, layer.weight, retain_graph=True)[0]
     loss, terms, priority = learn(net, cloning_loss, batch, coefficients=PAPER)
-    torch.testing.assert_close(
-        (loss, terms, layer.weight.grad), ((batch.weight * expected).mean(), {"policy": expected}, gradient)
-    )
+    torch.testing.assert_close((loss, terms, layer.weight.grad), (mean, {"policy": expected}, gradient))
     assert (priority == 1).all()
 
 
-# --- where the gradient goes
-
-
-TERMS = [("policy", 1), ("policy", 3), ("value", 2), ("consistency", 2), ("value_prefix", 1)]
-
-
-@pytest.mark.parametrize("term, k", TERMS)
+@pytest.mark.parametrize("term, k", [*zip(PAPER, (1, 1, 2, 2), strict=True), ("policy", 3)])
 def test_the_loss_of_step_k_reaches_the_root_with_a_factor_of_half_to_the_k(monkeypatch, term, k):
     def root_gradient(mask):
         net, latents = tiny_net(), []
@@ -170,9 +156,6 @@ def test_batch_norms_see_the_batches_that_the_reference_shows_them():
     }
     # root and 2 targets; 2 steps; root and (step, target) twice; (online, target) twice; online twice
     assert seen == {"representation": {3}, "dynamics": {2}, "prediction": {5}, "projector": {4}, "predictor": {2}}
-
-
-# --- weights of the tasks
 
 
 @pytest.mark.parametrize(
@@ -234,9 +217,6 @@ def test_eta_is_the_share_of_similar_gradients_of_the_last_measurement():
     flags = {"similarity_start": 20, "similarity_interval": 10, "similarity_updates": 4, "similarity_threshold": 0.6}
     assert etas(30, lambda update: 0.5 + 0.2 * (update < 23), **flags) == 24 * [1] + 6 * [0.75]
     assert etas(30, lambda update: -1.0, **flags, task_weights=False) == 30 * [1]
-
-
-# --- schedules
 
 
 @pytest.mark.parametrize("update, rate", [(0, 0), (500, 0.1), (1_000, 0.2), (100_999, 0.2), (101_000, 0.02)])

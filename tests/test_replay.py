@@ -51,7 +51,7 @@ def played(monkeypatch, script, priority=1.0):
     play = start_games("A", replay, np.array([0, 7]), seed=3)
     for t in range(6):
         play_step(play, replay, np.array([t, 17 - t]), 100 + 2 * t, priority)
-        seen.append((play.over.tolist(), play.score.tolist(), play.length.tolist()))
+        seen.append([*play.over, *play.score, *play.length])
     return play, replay, seen
 
 
@@ -73,14 +73,10 @@ def test_each_environment_fills_its_stream_row_by_row(monkeypatch):
 
 
 def test_finished_games_are_known_with_their_raw_return_and_length(monkeypatch):
-    assert played(monkeypatch, Script())[2] == [
-        ([False, False], [5, 0], [1, 1]),
-        ([False, True], [2, 7], [2, 2]),
-        ([False, False], [2, 0], [3, 0]),
-        ([True, False], [4, 1], [4, 1]),
-        ([False, False], [0, 1], [0, 2]),
-        ([False, False], [1, 5], [1, 3]),
-    ]
+    over, score, length = np.split(np.array(played(monkeypatch, Script())[2]), 3, axis=1)
+    assert over.T.tolist() == [[0, 0, 0, 1, 0, 0], [0, 1, 0, 0, 0, 0]]
+    assert score.T.tolist() == [[5, 2, 2, 4, 0, 1], [0, 7, 0, 1, 1, 5]]
+    assert length.T.tolist() == [[1, 2, 3, 4, 0, 1], [1, 2, 0, 1, 2, 3]]
 
 
 def test_the_checksum_is_of_all_frames_rewards_and_ends(monkeypatch):

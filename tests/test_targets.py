@@ -68,9 +68,6 @@ def test_stacks_repeat_an_episodes_first_frame_and_targets_its_last(monkeypatch)
     assert all(torch.equal(getattr(batch, name), x[1]) for name, x in cycle.items() if name != "frames")
 
 
-# --- random streams
-
-
 def random_stream(n, seed):
     """About one action of six ends a life, a game or its time; a finished game's last frame is not acted on."""
     rng = np.random.default_rng(seed)
