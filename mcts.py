@@ -113,12 +113,14 @@ def mean_q(q_sum, visited, parent_mean_q, is_root):
     `q_sum` is over the `visited` children: few, and chosen for looking good. The parent's mean on this path joins as
     one more sample and holds the estimate near the level of the tree above. The root has no parent: `q_sum / visited`.
     """
-    return q_sum / np.float32(visited) if is_root and visited > 0 else (parent_mean_q + q_sum) / np.float32(visited + 1)
+    if is_root and visited > 0:
+        return q_sum / np.float32(visited)
+    return (parent_mean_q + q_sum) / np.float32(visited + 1)
 
 
 @kernel
 def normalize(q, q_min, q_max):
-    """`(q - q_min) / max(q_max - q_min, 0.01)`, q before two values differ; clamped to [0, 1] (MuZero, appendix B)."""
+    """`(q - q_min) / max(q_max - q_min, 0.01)`, or q while q_min = q_max; clamped to [0, 1] (MuZero, appendix B)."""
     q = (q - q_min) / max(q_max - q_min, MIN_Q_RANGE) if q_max > q_min else q
     return min(max(q, ZERO), ONE)
 
@@ -212,7 +214,8 @@ def expand_and_backup_root(tree, s, outputs, b):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def step(tree, s, outputs, expand, select):
-    """Expansion and backup of simulation s, traversal of simulation s + 1, or both: one call, as each costs 5 us."""
+    """Expansion and backup of simulation s, traversal of simulation s + 1, or both: one call, as each costs 5 us.
+    Here `prange` is `range`."""
     for b in prange(len(tree.roots)):
         if expand:
             expand_and_backup_root(tree, s, outputs, b)
@@ -241,7 +244,7 @@ def dirichlet_noise(rng, legal, alpha=0.3):
     return torch.softmax(torch.from_numpy(np.where(legal, log_gamma, -np.inf)), dim=1).float().numpy()
 
 
-class Nodes:
+class NodeStates:
     """The network's side of up to B searches: latent and LSTM state of every node, where the network is. It also asks
     the network for the leaves' values: `evaluate` starts that, `outputs` waits for the answer.
 
@@ -254,7 +257,9 @@ class Nodes:
         L = net.initial_lstm_state(1, like)[0].shape[1]
         N = num_simulations + 1
         pin, device = like.is_cuda, like.device
-        self.net, self.record, self.recorded = net, record, {}
+        self.net = net
+        self.record = record
+        self.recorded = {}  # evaluations by their number of rows
         self.latents = like.new_empty(N * B, H, W, C)  # in the order of channels_last
         self.h = like.new_empty(N * B, L)
         self.c = like.new_empty(N * B, L)
@@ -278,7 +283,7 @@ class Nodes:
         self.h[:B] = 0
         self.c[:B] = 0
 
-    def simulate(self, num_rows):
+    def evaluate_rows(self, num_rows):
         """Gathers the leaves' parents, applies the network, scatters the new states -> `pack` [num_rows, 2 + A]."""
         parent, action, depth, node = self.leaf[:, :num_rows]
         B = len(self.rows)
@@ -295,13 +300,14 @@ class Nodes:
 
     def evaluate(self, leaf, s):
         """Starts the evaluation of the leaves of simulation s; leaf [3, n] as in `Tree`. Does not wait for a GPU."""
-        simulate = functools.partial(self.simulate, self.num_rows)
-        if self.record:
-            simulate = self.recorded.setdefault(self.num_rows, self.record(simulate))
+        evaluate_rows = functools.partial(self.evaluate_rows, self.num_rows)
+        if self.record and self.num_rows not in self.recorded:
+            self.recorded[self.num_rows] = self.record(evaluate_rows)
+        evaluate_rows = self.recorded.get(self.num_rows, evaluate_rows)
         self.leaf_on_host[:3, : self.n] = torch.from_numpy(leaf)
         self.leaf_on_host[3] = s + 1
         self.leaf.copy_(self.leaf_on_host, non_blocking=True)
-        self.outputs_on_host[: self.num_rows].copy_(simulate(), non_blocking=True)
+        self.outputs_on_host[: self.num_rows].copy_(evaluate_rows(), non_blocking=True)
         if self.ready:
             self.ready.record()
 
@@ -344,7 +350,7 @@ class Search:
         self.discount, self.c_init = discount, c_init
         self.dirichlet_alpha, self.noise_fraction = dirichlet_alpha, noise_fraction
         self.record = record
-        self.parts = []  # `Nodes`, made at the first search
+        self.halves = []  # one or two `NodeStates`, made at the first search
 
     @torch.no_grad()
     def __call__(self, obs, legal, rng, noise):
@@ -368,37 +374,37 @@ class Search:
                 drawn = dirichlet_noise(rng, legal, self.dirichlet_alpha)
                 prior = (1 - self.noise_fraction) * prior + self.noise_fraction * drawn
             seeds = rng.integers(1, 2**63, n, dtype=np.uint64)
-            visits, root_value, depth = self.simulate(latent, prior, legal, illegal, seeds)
+            visits, root_value, depth = self.run_simulations(latent, prior, legal, illegal, seeds)
         return SearchResult(visits / np.float32(self.num_simulations), value, root_value, depth)
 
-    def simulate(self, latent, prior, legal, illegal, seeds):
+    def run_simulations(self, latent, prior, legal, illegal, seeds):
         """The S simulations -> visits [n, A], root value [n], depth [n]. Large searches on a GPU run in two halves: the
         CPU walks the trees of one while the GPU evaluates the other."""
         n, A = prior.shape
         S = self.num_simulations
         count = 2 if latent.is_cuda and self.capacity >= 2 * PARALLEL_MIN_ROOTS else 1
-        while len(self.parts) < count:
+        while len(self.halves) < count:
             record = self.record if latent.is_cuda else None
-            self.parts.append(Nodes(self.net, latent, -(-self.capacity // count), A, S, record))
-        parts, trees = [], []
-        for nodes, rows in zip(self.parts, np.array_split(np.arange(n), min(n, count)), strict=False):
-            part = slice(rows[0], rows[-1] + 1)
-            nodes.start(latent[part], illegal[part])
-            options = {"discount": self.discount, "c_init": self.c_init, "seeds": seeds[part]}
-            trees.append(make_tree(prior[part], legal[part], S, **options))
-            parts.append(part)
+            self.halves.append(NodeStates(self.net, latent, -(-self.capacity // count), A, S, record))
+        slices, trees = [], []
+        for states, rows in zip(self.halves, np.array_split(np.arange(n), min(n, count)), strict=False):
+            rows = slice(rows[0], rows[-1] + 1)
+            states.start(latent[rows], illegal[rows])
+            options = {"discount": self.discount, "c_init": self.c_init, "seeds": seeds[rows]}
+            trees.append(make_tree(prior[rows], legal[rows], S, **options))
+            slices.append(rows)
         threads = min(8, os.cpu_count()) if latent.is_cuda and n >= PARALLEL_MIN_ROOTS else 1
         outputs = np.empty((0, 2), np.float32)
-        for s in range(S + 1):
-            for tree, nodes in zip(trees, self.parts, strict=False):
+        for s in range(S + 1):  # ends simulation s - 1 and begins s: the first one only begins, the last one only ends
+            for tree, states in zip(trees, self.halves, strict=False):
                 if s > 0:
-                    outputs = nodes.outputs()
+                    outputs = states.outputs()
                 run_step(tree, s - 1, outputs, s > 0, s < S, threads)
                 if s < S:
-                    nodes.evaluate(tree.leaf, s)
+                    states.evaluate(tree.leaf, s)
         visits, root_value, depth = np.zeros((n, A), np.float32), np.zeros(n, np.float32), np.zeros(n, np.int32)
-        for tree, part in zip(trees, parts, strict=True):
-            np.put_along_axis(visits[part], tree.actions, tree.edges[ROOT, :, VISITS], axis=1)
-            root_value[part] = tree.nodes.value_sum[ROOT] / np.float32(S)
-            depth[part] = tree.nodes.depth.max(0)
+        for tree, rows in zip(trees, slices, strict=True):
+            np.put_along_axis(visits[rows], tree.actions, tree.edges[ROOT, :, VISITS], axis=1)
+            root_value[rows] = tree.nodes.value_sum[ROOT] / np.float32(S)
+            depth[rows] = tree.nodes.depth.max(0)
         return visits, root_value, depth

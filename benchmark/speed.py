@@ -71,9 +71,9 @@ PARTS = {
     "draw": ["stalest", "sample", "make_targets"],
     "batch": ["take_batch"],
     "training": ["learn_batch", "measure_batch", "torch.nn.utils.clip_grad_norm_", "optimizer.step"],
-    "network": ["mcts.Nodes.evaluate", "model.EfficientZeroNet.search_root"],
+    "network": ["mcts.NodeStates.evaluate", "model.EfficientZeroNet.search_root"],
     "tree": ["mcts.make_tree", "mcts.run_step"],
-    "transfers": ["mcts.Nodes.outputs", "reanalyze"],
+    "transfers": ["mcts.NodeStates.outputs", "reanalyze"],
     "self-play": [],  # all of its searches; the other searches are the three parts above
     "environment": ["play_step"],
     "other": [],

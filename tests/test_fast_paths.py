@@ -32,17 +32,17 @@ def some_batch(seed=0, device="cpu", B=8, K=1):
 
 def test_a_search_in_two_parts_of_padded_size_is_the_search(monkeypatch):
     """A part that got roots, noise, seeds or answers of the other, or of the search before, would act otherwise."""
-    world, gpu, nodes = World(5), World(5), mcts.Nodes
+    world, gpu, nodes = World(5), World(5), mcts.NodeStates
     monkeypatch.setattr(mcts, "PARALLEL_MIN_ROOTS", 20)
     monkeypatch.setattr("os.cpu_count", lambda: 1)  # one thread for the trees: several are compiled anew
-    monkeypatch.setattr(mcts, "Nodes", lambda net, like, *args: nodes(net, like.as_subclass(torch.Tensor), *args))
+    monkeypatch.setattr(mcts, "NodeStates", lambda net, like, *args: nodes(net, like.as_subclass(torch.Tensor), *args))
     gpu.search_root = lambda obs: (world.encode(obs).as_subclass(OnGpu), world.value[obs], world.logits[obs])
     search = mcts.Search(gpu, 12, 40, record=lambda simulate: simulate)
     for i, n in enumerate((40, 33, 3, 17, 1, 40)):
         args = torch.arange(i, i + n), random_legal(n, 5, seed=i)
         expected = mcts.Search(world, 12, n)(*args, np.random.default_rng(i), True)
         assert same(search(*args, np.random.default_rng(i), True), expected)
-    assert [sorted(part.recorded) for part in search.parts] == [[10, 20], [10, 20]]  # each size is recorded once
+    assert [sorted(part.recorded) for part in search.halves] == [[10, 20], [10, 20]]  # each size is recorded once
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
@@ -117,4 +117,4 @@ def test_a_recorded_search_is_the_search_also_with_other_weights_and_fewer_roots
         found = search(obs, LEGAL, np.random.default_rng(seed), True)
         np.testing.assert_allclose(found.value, expected.value, rtol=0.05, atol=0.05)
         assert np.abs(found.policy - expected.policy).sum(1).mean() < 0.4  # of 2; another network's is 1.5
-    assert all(recorded.graph for part in search.parts for recorded in part.recorded.values())
+    assert all(recorded.graph for part in search.halves for recorded in part.recorded.values())

@@ -67,7 +67,7 @@ def test_each_environment_fills_its_stream_row_by_row(monkeypatch):
     assert (stream["priority"] == 2.5 * stream["acted"]).all()
     assert stream["reward"][:, :6].T.tolist() == [[step[0][0], step[1][0]] for step in Script.table]
     np.testing.assert_array_equal(stream["action"][:, :6], [range(6), range(17, 11, -1)])
-    np.testing.assert_array_equal(stream["stored_at"][:, :6], [range(100, 112, 2)] * 2)
+    np.testing.assert_array_equal(stream["stored_at"][:, :6], [range(100, 112, 2), range(101, 113, 2)])
     shown = torch.tensor([[10 * t + e for t in range(7)] for e in range(2)])
     assert (replay.frames.view(2, 7, 3, 96, 96) == shown.view(2, 7, 1, 1, 1)).all()
 

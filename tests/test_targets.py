@@ -57,15 +57,15 @@ def test_stacks_repeat_an_episodes_first_frame_and_targets_its_last(monkeypatch)
     #  row      0 1 2 3 | 4 5      row 3's action loses a life: row 4 is the last frame of one and the first of the next
     replay = replay_of(np.zeros(6), [0, 0, 0, LIFE_LOST, 0, 0], [1, 1, 1, 1, 1, 0])
     roots = np.array([[4, 4, 4], [0, 2, 4]])
-    cycle = make_targets(replay, roots, np.full((2, 3), 1), 3, 0.5, True, np.random.default_rng(0))
-    cycle = {name: torch.from_numpy(x) for name, x in cycle.items()} | {"weight": torch.arange(6.0).view(2, 3)}
-    batch = take_batch(replay, cycle, 1, None)
+    batches = make_targets(replay, roots, np.full((2, 3), 1), 3, 0.5, True, np.random.default_rng(0))
+    batches = {name: torch.from_numpy(x) for name, x in batches.items()} | {"weight": torch.arange(6.0).view(2, 3)}
+    batch = take_batch(replay, batches, 1, torch.Generator())
     np.testing.assert_array_equal(batch.obs[:, ::3, 0, 0], [[0, 0, 0, 0], [0, 0, 1, 2], [4, 4, 4, 4]])
     np.testing.assert_array_equal(batch.obs, stack_frames(replay, roots[1]))
     # frames o_t-2 .. o_t+3: the stack of o_t+k is columns k-1 .. k+2; past the end the last frame is repeated
     expected = [[0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 4], [4, 4, 4, 5, 5, 5]]
     np.testing.assert_array_equal(batch.target_obs[:, ::3, 0, 0], expected)
-    assert all(torch.equal(getattr(batch, name), x[1]) for name, x in cycle.items() if name != "frames")
+    assert all(torch.equal(getattr(batch, name), x[1]) for name, x in batches.items() if name != "frames")
 
 
 def random_stream(n, seed):

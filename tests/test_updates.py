@@ -59,15 +59,15 @@ def test_a_cycle_is_e_updates_each_with_a_batch_of_its_own():
     td_steps = rng.integers(1, 6, (E, B))
 
     def cycle_of(part):
-        cycle = make_targets(replay, rows[part], td_steps[part], K, 0.99, True, rng) | {"weight": weight[part]}
-        return {name: torch.from_numpy(x) for name, x in cycle.items()}
+        batches = make_targets(replay, rows[part], td_steps[part], K, 0.99, True, rng) | {"weight": weight[part]}
+        return {name: torch.from_numpy(x) for name, x in batches.items()}
 
-    def train(batches):
+    def train(draws):
         net, generator = tiny_net().train(), torch.Generator().manual_seed(0)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
         losses = []
-        for cycle, i in batches:
-            batch = take_batch(replay, cycle, i, generator)
+        for batches, i in draws:
+            batch = take_batch(replay, batches, i, generator)
             losses.append(pretrain_teacher.learn(net, unroll_loss, batch, coefficients=PAPER)[0])
             optimizer.step()
         return [*losses, *net.parameters()]
@@ -130,15 +130,15 @@ def test_a_new_state_keeps_the_players_answer_until_all_older_ones_were_searched
     play = start_games("toy_env:NoReward-v0", replay, np.array([0, 8]), seed=0)
     for _ in range(3):
         play_step(play, replay, np.zeros(2, int), 0)
-    reanalyze(target, replay, np.r_[0:4, 8:12], None, None, True)
-    play_step(play, replay, np.zeros(2, int), 0)
+    reanalyze(target, replay, np.flatnonzero(replay.acted), None, None, True)
     reanalyze(player, replay, play.newest, None, None, True)
-    values = []
-    for _ in range(3):  # 4 of 10 rows each
-        values.append(replay.value[play.newest].tolist())
-        reanalyze(target, replay, stalest(replay, np.r_[0:5, 8:13], 4), None, None, True)
-    assert values == 3 * [[3, 3]] and replay.value[play.newest].tolist() == [7, 7]
-    assert replay.policy[play.newest].argmax(1).tolist() == [7, 7]
+    new, values = play.newest, []
+    play_step(play, replay, replay.policy[new].argmax(1), 6)
+    for _ in range(3):  # 3 of 8 rows each
+        values.append(replay.value[new].tolist())
+        reanalyze(target, replay, stalest(replay, np.flatnonzero(replay.acted), 3), None, None, True)
+    assert replay.action[new].tolist() == [3, 3] and values == 3 * [[3, 3]]
+    assert replay.value[new].tolist() == [7, 7] and replay.policy[new].argmax(1).tolist() == [7, 7]
 
 
 def test_without_rewards_the_policy_stays_uniform(tmp_path):
