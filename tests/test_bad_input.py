@@ -3,11 +3,8 @@
 The scripts run in this process, since each start of an interpreter takes seconds; the last test starts two.
 """
 
-import gc
 import os
-import runpy
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_resume import ROOT, run
 
 import finetune
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = "--channels 2 --blocks 1 --batch-size 4 --unroll-steps 1 --num-simulations 2 --eval-episodes 1"
 TINY += " --eval-max-frames 4 --no-cuda"
 STEPS = "--total-timesteps 16 --learning-starts 8 --offline-batch-size 4"
@@ -30,20 +27,6 @@ GOOD = {  # the flags of a run that works
 pytestmark = pytest.mark.filterwarnings("ignore:.*out of date")
 
 
-def run(script, flags):
-    """Runs a script in this process -> what it exits with."""
-    gc.collect()  # frees the lock of an earlier run
-    handler = signal.getsignal(signal.SIGINT)  # the script has its own
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *flags.split()])
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as stop:
-            return stop.code
-        finally:
-            signal.signal(signal.SIGINT, handler)
-
-
 def contents():
     return sorted(Path.cwd().rglob("*"))
 
@@ -51,7 +34,7 @@ def contents():
 def refusal(script, flags):
     """The one line that the script refuses the flags with; it changed no file."""
     before = contents()
-    line = run(script, flags)
+    line = run(".", f"{script} {flags}")
     assert isinstance(line, str) and line.startswith("error: ") and "\n" not in line, line
     assert contents() == before
     return line
@@ -69,8 +52,8 @@ def made(tmp_path_factory):
             replay.acted[:-1] = True
             finetune.save_dataset(f"data{i}.npz", replay, slice(0, 20), f"toy_env:Catch-v{i}")
             flags = GOOD["pretrain_teacher.py"].replace("data1", f"data{i}")
-            assert run("pretrain_teacher.py", f"{flags} --run-dir teacher{i}") is None
-        assert run("distill.py", f"{GOOD['distill.py']} --run-dir student") is None
+            assert run(folder, f"pretrain_teacher.py {flags} --run-dir teacher{i}") is None
+        assert run(folder, f"distill.py {GOOD['distill.py']} --run-dir student") is None
     return folder
 
 
@@ -105,11 +88,7 @@ def work(made, tmp_path, monkeypatch):
         ("finetune.py", "--save-dataset data1.npz", "--save-dataset is data1.npz, expected the name of a new .npz"),
         ("finetune.py", "--save-dataset new/data", "--save-dataset is new/data, expected the name of a new .npz"),
         # run folders
-        (
-            "pretrain_teacher.py",
-            "--run-dir student",
-            "--run-dir student is not empty; continue the run in it with --re",
-        ),
+        ("pretrain_teacher.py", "--run-dir student", "--run-dir student is not empty; continue the run in it with"),
         ("distill.py", "--run-dir data1.npz", "--run-dir data1.npz: File exists; choose another folder"),
         ("finetune.py", "--run-dir data1.npz/run", "--run-dir data1.npz/run: Not a directory; choose another folder"),
         ("finetune.py", "--resume", "--resume needs the --run-dir"),
@@ -178,7 +157,7 @@ def test_a_network_of_another_model_py_is_refused(work):
 @pytest.mark.parametrize("flags", ["--no-such-flag", "--seed one"])
 def test_a_flag_that_tyro_does_not_know(tmp_path, monkeypatch, capsys, flags):
     monkeypatch.chdir(tmp_path)
-    assert run("finetune.py", flags) == 2 and flags.split()[-1] in capsys.readouterr().err
+    assert run(tmp_path, f"finetune.py {flags}") == 2 and flags.split()[-1] in capsys.readouterr().err
     assert contents() == []
 
 

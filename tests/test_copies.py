@@ -41,7 +41,6 @@ def test_copies_are_marked_and_identical():
 
 @pytest.mark.parametrize("old, new", [
     ("mass / mass.sum()", "mass / mass.max()"),  # the code
-    ("No row comes", "No row goes"),  # the docstring
     ("# Copied from pretrain_teacher.py\ndef sample", "def sample"),  # the mark
     ("# Copied from pretrain_teacher.py\ndef sample", "# Copied from pretrain_teacher.py\n\ndef sample"),  # its place
 ])  # fmt: skip

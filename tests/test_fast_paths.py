@@ -77,10 +77,10 @@ def test_a_recording_gets_the_inputs_of_each_call(monkeypatch):
     replay = Mock(side_effect=lambda: torch._foreach_copy_(recorded.results, function(*recorded.inputs)))
     monkeypatch.setattr(torch, "cuda", MagicMock(CUDAGraph=lambda: Mock(replay=replay)))
     monkeypatch.setattr(model.Recorded, "stream", None)
-    for seed in range(5):
-        batch, eta = some_batch(seed), torch.rand(1, generator=torch.Generator().manual_seed(seed))
-        assert equal(recorded(batch, eta), function(batch, eta))
-        assert equal(batch, some_batch(seed))  # the caller's tensors are left alone
+    batches = [some_batch(seed) for seed in range(5)]
+    for seed, batch in enumerate(batches):
+        assert equal(recorded(batch, torch.tensor(seed)), function(batch, torch.tensor(seed)))
+    assert all(equal(batch, some_batch(seed)) for seed, batch in enumerate(batches))  # still the caller's tensors
     assert recorded.function.call_count == 3 and replay.call_count == 3  # two ordinary calls, and the recorded one
 
 

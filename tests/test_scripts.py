@@ -11,28 +11,40 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import model
-from finetune import GAME_OVER, LIFE_LOST, TIME_LIMIT, Replay, read_dataset, save_dataset
+from finetune import GAME_OVER, LIFE_LOST, TIME_LIMIT, Replay, read_dataset, save_dataset, unpack_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "--channels 8 --blocks 1 --batch-size 8 --num-simulations 4 --unroll-steps 2 --eval-episodes 2"
-SOURCES, TARGET = ["PhoenixNoFrameskip-v4", "AssaultNoFrameskip-v4"], "DemonAttackNoFrameskip-v4"
-STUDENT = f"--env-id {TARGET} --pretrained student --num-envs 4 --offline-batch-size 8 --learning-starts 16"
-MEASURE = "--similarity-start 8 --similarity-interval 10 --similarity-updates 4 --eval-every 20 --capture-video"
-RUNS = {}  # run folder: script and flags
-for i, game in enumerate(SOURCES):
-    RUNS[f"scratch{i}"] = f"finetune.py --env-id {game} --total-timesteps 48 --learning-starts 24 --num-envs 3"
-    RUNS[f"scratch{i}"] += f" --save-dataset data{i}.npz"
-    RUNS[f"teacher{i}"] = f"pretrain_teacher.py --datasets data{i}.npz --num-updates 16"
-RUNS["student"] = "distill.py --teachers teacher0 teacher1 --num-updates 16"
-RUNS["xtra"] = f"finetune.py {STUDENT} --total-timesteps 40 {MEASURE}"
+SOURCES, TARGET = ["PhoenixNoFrameskip-v4", "toy_env:Catch-v0"], "DemonAttackNoFrameskip-v4"
+SCRATCH = f"finetune.py --env-id {SOURCES[0]} --total-timesteps 48 --learning-starts 24 --num-envs 3"
+TEACH = "pretrain_teacher.py --num-updates 16 --datasets"
+DISTILL = "distill.py --num-updates 16 --teachers"
+FINETUNE = "finetune.py --num-envs 4 --learning-starts 16 --offline-batch-size 8 --env-id"
+XTRA = f"{FINETUNE} {TARGET} --pretrained student --total-timesteps"
+MEASURE = "--similarity-start 8 --similarity-interval 10 --similarity-updates 4 --eval-every 20"
+RUNS = {  # run folder: script and flags
+    "scratch": f"{SCRATCH} --save-dataset played.npz",
+    "teacher0": f"{TEACH} played.npz",
+    "teacher1": f"{TEACH} recorded.npz",
+    "both": f"{TEACH} played.npz recorded.npz",
+    "student": f"{DISTILL} teacher0 teacher1",
+    "xtra": f"{XTRA} 40 {MEASURE}",
+    "again": f"{XTRA} 40 {MEASURE}",
+    "zero-shot": f"{XTRA} 0",
+    "h": f"{XTRA} 0 --transfer h",
+    "no-cross-task": f"{XTRA} 16 --no-cross-task",
+    "frozen": f"{XTRA} 16 --extra-updates 4 --freeze-representation --no-task-weights --paper-loss --capture-video",
+    "cloned": f"{DISTILL} teacher0 teacher1 --policy-target actions",
+    "cloned-zero-shot": f"{FINETUNE} {TARGET} --pretrained cloned --total-timesteps 0 --num-simulations 0",
+    "student-of-one": f"{DISTILL} teacher1",
+    "catch": f"{FINETUNE} toy_env:Catch-v2 --pretrained student-of-one --total-timesteps 16",
+}
 
 
-def run(folder, command, run_dir):
-    """Runs a script in `folder` on one thread (two would not change the result, but cost time) -> the lines it says."""
+def run(folder, command, run_dir):  # on one thread -> the lines it says
     script, flags = command.split(" ", 1)
     words = f"{ROOT}/{script} {TINY} --eval-max-frames 80 {flags} --run-dir {run_dir}".split()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}/tests"}
@@ -42,9 +54,9 @@ def run(folder, command, run_dir):
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory):
-    """The folder in which all RUNS ran, one after the other, and what each said."""
+def chain(tmp_path_factory):  # the folder in which all RUNS ran, and what each said
     folder = tmp_path_factory.mktemp("chain")
+    record(catch_below_the_block(games=4), f"{folder}/recorded.npz", "toy_env:Catch-v0")
     return folder, {run_dir: run(folder, command, run_dir) for run_dir, command in RUNS.items()}
 
 
@@ -54,110 +66,79 @@ def scalars(run_dir, key):
     return [(event.step, event.value) for event in events.Scalars(key)]
 
 
-def evaluations(run_dir):
-    """[env_steps, updates, episode, length] of each game."""
-    columns = {"delimiter": ",", "skiprows": 1, "usecols": (0, 1, 2, 4), "dtype": int}
-    return np.loadtxt(run_dir / "evaluations.csv", **columns).tolist()
+def evaluations(run_dir):  # [env_steps, updates, episode, length] of each game
+    return np.loadtxt(run_dir / "evaluations.csv", int, delimiter=",", skiprows=1, usecols=(0, 1, 2, 4)).tolist()
 
 
-def changed(run_dir, other_dir):
-    """The networks whose weights or statistics differ between two models."""
+def changed(run_dir, other_dir):  # networks whose weights or statistics differ
     one, other = (model.load_model(f"{folder}/model.pt")[0].state_dict() for folder in (run_dir, other_dir))
     return {name.split(".")[0] for name in one if not torch.equal(one[name], other[name])}
 
 
-def assert_same(run_dir, other_dir, key):
+def assert_same(run_dir, other_dir):
     assert changed(run_dir, other_dir) == set()
     assert (run_dir / "evaluations.csv").read_text() == (other_dir / "evaluations.csv").read_text()
-    assert scalars(run_dir, key) == scalars(other_dir, key) != []
+    assert scalars(run_dir, "losses/loss") == scalars(other_dir, "losses/loss") != []
 
 
-def test_the_last_line_names_the_folder_and_the_next_command(chain):
-    last = {run_dir: lines[-1] for run_dir, lines in chain[1].items()}
-    assert last["teacher1"] == "teacher1: teacher saved. Next: python distill.py --teachers teacher1 OTHER_TEACHERS..."
-    assert last["student"] == "student: student saved. Next: python finetune.py --pretrained student --env-id NEW_GAME"
-    assert last["xtra"] == "xtra: agent saved. Next: tensorboard --logdir xtra"
-
-
-def test_the_device_is_named_with_the_reason_and_the_flags_are_those_in_use(chain):
+def test_a_script_says_why_it_uses_the_cpu_and_at_last_its_folder_and_the_next_command(chain):
     reason = "this PyTorch is built for CPUs" if torch.version.cuda is None else "no NVIDIA GPU or no driver for it"
     for run_dir, lines in chain[1].items():
         assert f"device: CPU, float32; nothing is compiled or recorded ({reason})" in lines
         args = model.load_model(f"{chain[0]}/{run_dir}/model.pt")[1]["args"]
-        assert not args["cuda"] and not args["compile"] and not args["cudagraphs"]
+        assert not args["cuda"] and not args["compile"] and not args["cudagraphs"]  # what is in use
+    last = {run_dir: lines[-1] for run_dir, lines in chain[1].items()}
+    assert last["teacher1"] == "teacher1: teacher saved. Next: python distill.py --teachers teacher1 OTHER_TEACHERS..."
+    assert last["student"] == "student: student saved. Next: python finetune.py --pretrained student --env-id NEW_GAME"
 
 
 def test_a_run_folder_holds_the_files_of_its_run(chain):
     for run_dir, command in RUNS.items():
-        names = {path.name for path in (chain[0] / run_dir).iterdir()}
-        files = {"checkpoint.pt", "evaluations.csv", "lock", "model.pt"}
-        files |= {"targets.npz"} if run_dir.startswith("teacher") else set()
-        files |= {f"video-{n}.gif" for n in (0, 20, 40)} if run_dir == "xtra" else set()
-        assert {name for name in names if not name.startswith("events.out.tfevents")} == files
-        for name in ("checkpoint.pt", "model.pt"):
-            updates = model.load_file(f"{chain[0]}/{run_dir}/{name}")["updates"]
-            assert updates == int(re.search(r"--(num-updates|total-timesteps) (\d+)", command)[2])
-    with Image.open(chain[0] / "xtra" / "video-40.gif") as movie:
-        assert movie.n_frames == 20 and movie.size == (288, 288)
+        names = {path.name for path in (chain[0] / run_dir).iterdir() if "tfevents" not in path.name}
+        updates = sum(map(int, re.findall(r"--(?:num-updates|total-timesteps|extra-updates) (\d+)", command)))
+        files = {"evaluations.csv", "lock", "model.pt"} | ({"checkpoint.pt"} if updates else set())
+        files |= {"targets.npz"} if run_dir in ("teacher0", "teacher1") else set()
+        files |= {"video-0.gif", "video-20.gif"} if run_dir == "frozen" else set()
+        assert names == files, run_dir
+        assert all(model.load_file(f"{chain[0]}/{run_dir}/{n}")["updates"] == updates for n in files if ".pt" in n)
 
 
 def test_a_finished_run_that_is_started_again_is_as_it_was(chain, tmp_path):
     folder = shutil.copytree(chain[0], tmp_path / "copy")  # as a cluster does that restarts a job
-    for run_dir in ("scratch0", "teacher0", "student"):
+    for run_dir in ("scratch", "teacher0", "student"):
         assert run(folder, f"{RUNS[run_dir]} --resume", run_dir)[-1] == chain[1][run_dir][-1]
-        assert_same(folder / run_dir, chain[0] / run_dir, "losses/loss")
+        assert_same(folder / run_dir, chain[0] / run_dir)
     one, other = (model.load_file(f"{x}/teacher0/targets.npz") for x in (folder, chain[0]))
     assert all((one[name] == other[name]).all() for name in one)
 
 
 def test_the_same_seed_gives_the_same_run(chain):
-    run(chain[0], RUNS["xtra"], "again")
-    for key in ("losses/loss", f"transfer/grad_cosine/{SOURCES[0]}", "search/root_value"):
-        assert_same(chain[0] / "xtra", chain[0] / "again", key)
+    assert_same(chain[0] / "xtra", chain[0] / "again")
 
 
 def test_evaluations_are_at_the_right_steps(chain):
     assert evaluations(chain[0] / "xtra") == [[n, n, game, 20] for n in (0, 20, 40) for game in (0, 1)]  # 80 frames
-    assert evaluations(chain[0] / "student") == [[0, n, game, 20] for n in (0, 16) for _ in SOURCES for game in (0, 1)]
+    student = [[0, n, game, length] for n in (0, 16) for length in (20, 16) for game in (0, 1)]  # Catch ends by itself
+    assert evaluations(chain[0] / "student") == student and evaluations(chain[0] / "frozen")[-1] == [16, 20, 1, 20]
 
 
 def test_eta_is_the_share_of_similar_gradients_in_the_last_measurement(chain):
-    for game in SOURCES:
+    for game in ("PhoenixNoFrameskip-v4", "toy_env_Catch-v0"):  # as TensorBoard writes it
         cosines = dict(scalars(chain[0] / "xtra", f"transfer/grad_cosine/{game}"))
         assert list(cosines) == [10, 11, 12, 13, 20, 21, 22, 23, 30, 31, 32, 33]
-        similar = {start: np.mean([cosines[start + i] > 0.1 for i in range(4)]) for start in (10, 20, 30)}
-        expected = {0: 1.0, 12: similar[10], 24: similar[20], 32: similar[30]}  # from 14, 24, 34 on; a cycle has 4
-        weights = scalars(chain[0] / "xtra", f"transfer/task_weight/{game}")
-        assert weights == [(update, expected[max(n for n in expected if n <= update)]) for update in range(0, 40, 4)]
+        first, second, third = (np.array(list(cosines.values())).reshape(3, 4) > 0.1).mean(axis=1)
+        expected = [1, 1, 1, first, first, first, second, second, third, third]  # by cycle; new from 14, 24, 34 on
+        assert [eta for _, eta in scalars(chain[0] / "xtra", f"transfer/task_weight/{game}")] == expected
 
 
-REST = {"dynamics", "prediction", "projector", "predictor"}
-
-
-@pytest.mark.parametrize("flags, steps, networks, games", [
-    ("--total-timesteps 0", [0, 0], set(), 1),  # zero-shot
-    ("--total-timesteps 0 --transfer h", [0, 0], REST, 1),
-    ("--total-timesteps 16 --no-cross-task", [16, 16], REST | {"representation"}, 1),
-    ("--total-timesteps 16 --extra-updates 4 --freeze-representation --paper-loss", [16, 20], REST, 3),
-])  # fmt: skip
-def test_other_runs_of_the_paper_change_their_networks_only(chain, tmp_path, flags, steps, networks, games):
-    run(chain[0], f"finetune.py {STUDENT} {flags}", tmp_path)
-    assert changed(tmp_path, chain[0] / "student") == networks and evaluations(tmp_path)[-1][:2] == steps
-    assert model.load_model(f"{tmp_path}/model.pt")[1]["env_ids"] == [TARGET, *SOURCES][:games]
-
-
-def test_behaviour_cloning_is_evaluated_zero_shot_without_a_search(chain, tmp_path):
-    flags = "--teachers teacher0 teacher1 --num-updates 8 --policy-target actions"
-    run(chain[0], f"distill.py {flags}", tmp_path / "cloned")
-    flags = f"--env-id {TARGET} --pretrained {tmp_path}/cloned --total-timesteps 0 --num-simulations 0"
-    run(chain[0], f"finetune.py {flags}", tmp_path / "run")
-    assert changed(tmp_path / "cloned", tmp_path / "run") == set() and len(evaluations(tmp_path / "run")) == 2
-
-
-def test_several_datasets_make_one_network_and_no_targets(chain, tmp_path):
-    run(chain[0], "pretrain_teacher.py --datasets data0.npz data1.npz --num-updates 8", tmp_path)
-    assert model.load_model(f"{tmp_path}/model.pt")[1]["scores"].keys() == set(SOURCES)
-    assert not (tmp_path / "targets.npz").exists()
+def test_the_papers_other_runs_change_their_networks_and_use_their_games(chain):
+    rest = {"dynamics", "prediction", "projector", "predictor"}
+    expected = {"zero-shot": set(), "h": rest, "frozen": rest, "no-cross-task": rest | {"representation"}}
+    for run_dir, networks in expected.items():
+        assert changed(chain[0] / run_dir, chain[0] / "student") == networks, run_dir
+        games = [TARGET, *SOURCES] if run_dir == "frozen" else [TARGET]
+        assert model.load_model(f"{chain[0]}/{run_dir}/model.pt")[1]["env_ids"] == games
+    assert changed(chain[0] / "cloned-zero-shot", chain[0] / "cloned") == set()
 
 
 def record(steps, path, env_id):
@@ -190,22 +171,14 @@ def catch_below_the_block(games):
             frame = next_frame
 
 
-def test_a_recording_goes_through_all_stages(tmp_path):
-    steps = list(catch_below_the_block(games=4))
-    record(steps, f"{tmp_path}/data.npz", "toy_env:Catch-v0")
-    data = read_dataset(f"{tmp_path}/data.npz")
-    assert (~data["acted"]).nonzero()[0].tolist() == [16, 27, 44, 55]  # 16, 10, 16, 10 steps, and each last frame
-    for name, column in {"action": 1, "reward": 2}.items():
-        assert data[name][data["acted"]].tolist() == [step[column] for step in steps]
-    ends = [3 if cut else 2 if over else 1 if lost else 0 for *_, over, cut, lost in steps]
-    assert data["end"][data["acted"]].tolist() == ends and set(ends) == {0, LIFE_LOST, GAME_OVER, TIME_LIMIT}
-
-    run(tmp_path, "pretrain_teacher.py --datasets data.npz --num-updates 16", "teacher")
-    targets = model.load_file(f"{tmp_path}/teacher/targets.npz")
-    assert targets["policy"].shape == (56, 18) and targets["value"].shape == (56,)
-    assert np.allclose(targets["policy"].sum(axis=1), 1)
-    run(tmp_path, "distill.py --teachers teacher --num-updates 16", "student")
-    flags = "--pretrained student --offline-batch-size 8 --num-envs 4 --learning-starts 8 --total-timesteps 16"
-    run(tmp_path, f"finetune.py --env-id toy_env:Catch-v2 {flags}", "run")
-    assert evaluations(tmp_path / "run")[-1] == [16, 16, 1, 16]
-    assert model.load_model(f"{tmp_path}/run/model.pt")[1]["env_ids"] == ["toy_env:Catch-v2", "toy_env:Catch-v0"]
+def test_a_recording_keeps_every_step_and_goes_through_all_stages(chain):
+    steps, replay = list(catch_below_the_block(games=4)), Replay(56)
+    unpack_dataset(replay, slice(0, 56), read_dataset(f"{chain[0]}/recorded.npz"))
+    assert np.flatnonzero(~replay.acted).tolist() == [16, 27, 44, 55]  # 16, 10, 16, 10 steps, and each last frame
+    for row, (frame, action, reward, over, cut, lost) in zip(np.flatnonzero(replay.acted), steps, strict=True):
+        assert (replay.frames[row].permute(1, 2, 0).numpy() == frame).all()
+        assert (replay.action[row], replay.reward[row]) == (action, reward)
+        assert replay.end[row] == (TIME_LIMIT if cut else GAME_OVER if over else LIFE_LOST if lost else 0)
+    targets = model.load_file(f"{chain[0]}/teacher1/targets.npz")  # an answer for every row
+    assert targets["value"].shape == (56,) and np.allclose(targets["policy"].sum(axis=1), np.ones(56))
+    assert model.load_model(f"{chain[0]}/catch/model.pt")[1]["env_ids"] == ["toy_env:Catch-v2", "toy_env:Catch-v0"]
