@@ -256,6 +256,7 @@ class Replay:
         self.policy = np.zeros((rows, 18), np.float32)  # [R, A] visits / num_simulations of the latest search of o_t
         self.value = np.zeros(rows, np.float32)  # [R] value of o_t, of the same network
         self.turn = np.zeros(rows, np.int64)  # [R] number of that search; 0: never searched
+        self.uses = np.zeros(rows, np.int64)  # [R] how often they were learned from since
 
 
 # Copied from pretrain_teacher.py

@@ -70,7 +70,7 @@ class Search:
     c_init: float = 1.25  # weight of the prior against the values
     dirichlet_alpha: float = 0.3  # of the noise in the priors of the roots, not in evaluations
     dirichlet_fraction: float = 0.25  # share of that noise
-    reanalyze_reuse: int = 4  # how often a stored policy is learned from before its state is searched again, on average
+    reanalyze_reuse: int = 4  # how often a stored policy is learned from before its state is searched again, about
     target_interval: int = 200  # updates between the networks that search again; each is one to two intervals old
 
 
@@ -288,6 +288,7 @@ class Replay:
         self.policy = np.zeros((rows, 18), np.float32)  # [R, A] visits / num_simulations of the latest search of o_t
         self.value = np.zeros(rows, np.float32)  # [R] value of o_t, of the same network
         self.turn = np.zeros(rows, np.int64)  # [R] number of that search; 0: never searched
+        self.uses = np.zeros(rows, np.int64)  # [R] how often they were learned from since
 
 
 # Copied from pretrain_teacher.py
@@ -515,15 +516,23 @@ def reanalyze(search, replay, rows, legal, rng, noise):
         replay.policy[block] = result.policy
         replay.value[block] = result.value
     replay.turn[rows] = replay.turn.max() + 1
+    replay.uses[rows] = 0
     return result
 
 
 # Copied from pretrain_teacher.py
-def stalest(replay, rows, n):
-    """The n of `rows` that were searched longest ago, and all that never were."""
+def stalest(replay, rows, n, reuse):
+    """The n of `rows` that are to be searched next: those learned from more than `reuse` times since their last search,
+    most used first, then those searched longest ago. All that were never searched come before, whatever n is.
+
+    By age alone the states of high priority would be learned from many times between two searches: the policy learns
+    the noise of a single search, the next search starts from there, and so on.
+    """
     turn = replay.turn[rows]
     n = max(n, np.count_nonzero(turn == 0))
-    return rows[np.argsort(turn, kind="stable")[:n]]
+    overused = np.maximum(replay.uses[rows] - reuse, 0)
+    order = np.lexsort((turn, -overused, turn > 0))  # by the last key, ties by those before it
+    return rows[order[:n]]
 
 
 # Copied from pretrain_teacher.py
@@ -891,7 +900,7 @@ if __name__ == "__main__":
             learner.load_state_dict(checkpoint[name])
         rng.bit_generator.state = checkpoint["rng"]
         generator.set_state(checkpoint["generator"])
-        for name in ("policy", "value", "turn"):
+        for name in ("policy", "value", "turn", "uses"):
             getattr(replay, name)[own] = checkpoint[name].numpy()
         replay.priority[:] = checkpoint["priority"].numpy()
         eta, similar, measured = checkpoint["eta"].to(device), checkpoint["similar"].to(device), checkpoint["measured"]
@@ -916,7 +925,8 @@ if __name__ == "__main__":
             writer.flush()
             checkpoint = {name: learner.state_dict() for name, learner in learners.items()}
             checkpoint |= {"rng": rng.bit_generator.state, "generator": generator.get_state(), "args": vars(args)}
-            checkpoint |= {name: torch.from_numpy(getattr(replay, name)[own]) for name in ("policy", "value", "turn")}
+            for name in ("policy", "value", "turn", "uses"):
+                checkpoint[name] = torch.from_numpy(getattr(replay, name)[own])
             actions = replay.action[own].reshape(E, stream_length)[:, : env_steps // E].T.copy()
             checkpoint |= {"actions": torch.from_numpy(actions), "checksum": play.checksum.hexdigest()}
             checkpoint |= {"priority": torch.from_numpy(replay.priority)}
@@ -969,7 +979,8 @@ if __name__ == "__main__":
             model.refresh(reanalyzer.net, next_target_net)
             model.refresh(next_target_net, net)
         stored = own.start + np.flatnonzero(replay.acted[own])  # not the newest: their policies are played next
-        reanalyze(reanalyzer, replay, stalest(replay, stored, quota), legal, rng, noise=True)
+        rows = stalest(replay, stored, quota, args.reanalyze_reuse)
+        reanalyze(reanalyzer, replay, rows, legal, rng, noise=True)
         beta = args.priority_beta + (1 - args.priority_beta) * min(1.0, updates / (1.2 * args.total_timesteps))
         rows, weight = sample(replay, games, sizes, E, args.priority_exponent, beta, rng)  # [E, B + offline] each
         td_steps = np.full(rows.shape, args.td_steps)  # fixed data do not age
@@ -977,6 +988,7 @@ if __name__ == "__main__":
         td_steps[:, : args.batch_size] = td_steps_by_age(age, args.total_timesteps, args.td_steps)
         batches = make_targets(replay, rows, td_steps, args.unroll_steps, args.gamma, args.clip_rewards, rng)
         batches["weight"] = weight
+        np.add.at(replay.uses, batches["frames"][..., 3:], 1)  # the states 0 to K of each sample
         batches = {name: torch.from_numpy(x).to(device) for name, x in batches.items()}  # [E, B + offline, ...] each
         batches["frames"] = batches["frames"].to(replay.frames.device)
         priorities, numbers = [], []

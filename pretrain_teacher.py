@@ -65,7 +65,7 @@ class Search:
     c_init: float = 1.25  # weight of the prior against the values
     dirichlet_alpha: float = 0.3  # of the noise in the priors of the roots, not in evaluations
     dirichlet_fraction: float = 0.25  # share of that noise
-    reanalyze_reuse: int = 4  # how often a stored policy is learned from before its state is searched again, on average
+    reanalyze_reuse: int = 4  # how often a stored policy is learned from before its state is searched again, about
     target_interval: int = 200  # updates between the networks that search again; each is one to two intervals old
 
 
@@ -251,6 +251,7 @@ class Replay:
         self.policy = np.zeros((rows, 18), np.float32)  # [R, A] visits / num_simulations of the latest search of o_t
         self.value = np.zeros(rows, np.float32)  # [R] value of o_t, of the same network
         self.turn = np.zeros(rows, np.int64)  # [R] number of that search; 0: never searched
+        self.uses = np.zeros(rows, np.int64)  # [R] how often they were learned from since
 
 
 class Game(NamedTuple):
@@ -381,14 +382,22 @@ def reanalyze(search, replay, rows, legal, rng, noise):
         replay.policy[block] = result.policy
         replay.value[block] = result.value
     replay.turn[rows] = replay.turn.max() + 1
+    replay.uses[rows] = 0
     return result
 
 
-def stalest(replay, rows, n):
-    """The n of `rows` that were searched longest ago, and all that never were."""
+def stalest(replay, rows, n, reuse):
+    """The n of `rows` that are to be searched next: those learned from more than `reuse` times since their last search,
+    most used first, then those searched longest ago. All that were never searched come before, whatever n is.
+
+    By age alone the states of high priority would be learned from many times between two searches: the policy learns
+    the noise of a single search, the next search starts from there, and so on.
+    """
     turn = replay.turn[rows]
     n = max(n, np.count_nonzero(turn == 0))
-    return rows[np.argsort(turn, kind="stable")[:n]]
+    overused = np.maximum(replay.uses[rows] - reuse, 0)
+    order = np.lexsort((turn, -overused, turn > 0))  # by the last key, ties by those before it
+    return rows[order[:n]]
 
 
 def make_targets(replay, roots, td_steps, unroll_steps, gamma, clip_rewards, rng):
@@ -631,7 +640,7 @@ if __name__ == "__main__":
             learner.load_state_dict(checkpoint[name])
         rng.bit_generator.state = checkpoint["rng"]
         generator.set_state(checkpoint["generator"])
-        for name in ("priority", "policy", "value", "turn"):
+        for name in ("priority", "policy", "value", "turn", "uses"):
             getattr(replay, name)[:] = checkpoint[name].numpy()
         updates, scores, evaluations = checkpoint["updates"], checkpoint["scores"], checkpoint["evaluations"]
 
@@ -651,7 +660,7 @@ if __name__ == "__main__":
             writer.flush()
             checkpoint = {name: learner.state_dict() for name, learner in learners.items()}
             checkpoint |= {"rng": rng.bit_generator.state, "generator": generator.get_state(), "args": vars(args)}
-            for name in ("priority", "policy", "value", "turn"):
+            for name in ("priority", "policy", "value", "turn", "uses"):
                 checkpoint[name] = torch.from_numpy(getattr(replay, name))
             checkpoint |= {"updates": updates, "scores": scores, "evaluations": evaluations, "datasets": checksums}
             with model.whole_file(f"{run_dir}/checkpoint.pt") as file:  # a resumed run repeats the evaluation
@@ -677,13 +686,14 @@ if __name__ == "__main__":
             model.refresh(next_target_net, net)
         for game in games:
             # The first time these are all states of the game.
-            rows = stalest(replay, np.arange(game.rows.start, game.rows.stop), quota)
+            rows = stalest(replay, np.arange(game.rows.start, game.rows.stop), quota, args.reanalyze_reuse)
             result = reanalyze(reanalyzer, replay, rows, game.legal, rng, noise=True)
         beta = args.priority_beta + (1 - args.priority_beta) * min(1.0, updates / (1.2 * args.num_updates))
         rows, weight = sample(replay, games, sizes, E, args.priority_exponent, beta, rng)  # [E, B] each
         td_steps = np.full(rows.shape, args.td_steps)  # fixed data do not age
         batches = make_targets(replay, rows, td_steps, args.unroll_steps, args.gamma, args.clip_rewards, rng)
         batches["weight"] = weight
+        np.add.at(replay.uses, batches["frames"][..., 3:], 1)  # the states 0 to K of each sample
         batches = {name: torch.from_numpy(x).to(device) for name, x in batches.items()}  # [E, B, ...] each
         batches["frames"] = batches["frames"].to(replay.frames.device)
         priorities, numbers = [], []

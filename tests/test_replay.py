@@ -136,13 +136,14 @@ def test_a_batch_has_no_row_twice_and_none_that_was_not_acted_on():
 
 
 @pytest.mark.parametrize("beta", [0.4, 1.0])
-def test_importance_weights_are_relative_to_each_games_largest(beta):
+def test_importance_weights_are_relative_to_the_largest_of_a_game_in_a_batch(beta):
     replay, games = replay_with([1.0, 0.0, 2.0, 4.0, 8.0], [32.0, 64.0, 64.0])
-    rows, weight = sample(replay, games, [4, 3], 2, 0.6, beta, np.random.default_rng(0))
-    # P ~ priority^0.6; (N P_i)^-beta / max = (priority_i / smallest)^(-0.6 beta): N and the sum cancel
-    smallest = np.array([1.0] * 4 + [32.0] * 3)
-    np.testing.assert_allclose(weight, (replay.priority[rows] / smallest) ** (-0.6 * beta), rtol=1e-6)
-    assert weight.dtype == np.float32
+    rows, weight = sample(replay, games, [3, 2], 5, 0.6, beta, np.random.default_rng(0))
+    for columns in (slice(0, 3), slice(3, 5)):
+        # P ~ priority^0.6; (N P_i)^-beta / max = (priority_i / smallest)^(-0.6 beta): N and the sum cancel
+        priority = replay.priority[rows[:, columns]]
+        expected = (priority / priority.min(axis=1, keepdims=True)) ** (-0.6 * beta)
+        np.testing.assert_allclose(weight[:, columns], expected, rtol=1e-6)
 
 
 # --- datasets
