@@ -112,8 +112,16 @@ class Answer:
 def test_the_stalest_are_those_never_searched_then_the_oldest():
     replay, rows = Replay(6), np.arange(6)
     replay.turn[:] = 3, 0, 2, 0, 1, 2
-    assert [stalest(replay, rows, n).tolist() for n in (1, 2, 4)] == [[1, 3], [1, 3], [1, 3, 4, 2]]
-    assert stalest(replay, rows[4:], 9).tolist() == [4, 5]
+    assert [stalest(replay, rows, n, reuse=4).tolist() for n in (1, 2, 4)] == [[1, 3], [1, 3], [1, 3, 4, 2]]
+    assert stalest(replay, rows[4:], 9, reuse=4).tolist() == [4, 5]
+
+
+def test_before_the_oldest_come_those_used_more_often_than_they_should_be():
+    replay, rows = Replay(6), np.arange(6)
+    replay.turn[:] = 1, 2, 3, 4, 5, 0
+    replay.uses[:] = 4, 0, 5, 3, 9, 0
+    assert stalest(replay, rows, 4, reuse=4).tolist() == [5, 4, 2, 0]
+    assert stalest(replay, rows, 6, reuse=1).tolist() == [5, 4, 2, 0, 3, 1]
 
 
 def test_every_state_gets_its_turn():
@@ -121,7 +129,7 @@ def test_every_state_gets_its_turn():
     reanalyze(Answer(1), replay, rows, None, None, True)
     for action in (2, 3):
         for _ in range(5):  # 5 of 23 rows each
-            reanalyze(Answer(action), replay, stalest(replay, rows, 5), None, None, True)
+            reanalyze(Answer(action), replay, stalest(replay, rows, 5, reuse=4), None, None, True)
         assert (replay.value[rows] == action).all()
 
 
@@ -136,7 +144,7 @@ def test_a_new_state_keeps_the_players_answer_until_all_older_ones_were_searched
     play_step(play, replay, replay.policy[new].argmax(1), 6)
     for _ in range(3):  # 3 of 8 rows each
         values.append(replay.value[new].tolist())
-        reanalyze(target, replay, stalest(replay, np.flatnonzero(replay.acted), 3), None, None, True)
+        reanalyze(target, replay, stalest(replay, np.flatnonzero(replay.acted), 3, reuse=4), None, None, True)
     assert replay.action[new].tolist() == [3, 3] and values == 3 * [[3, 3]]
     assert replay.value[new].tolist() == [7, 7] and replay.policy[new].argmax(1).tolist() == [7, 7]
 
