@@ -36,7 +36,7 @@ def check(texts):
 
 def test_copies_are_marked_and_identical():
     check(TEXTS)
-    assert all("LIFE_LOST, GAME_OVER, TIME_LIMIT = 1, 2, 3  # " in text for text in TEXTS.values())
+    assert all("LIFE_LOST, GAME_OVER, TIME_LIMIT = 1, 2, 3\n" in text for text in TEXTS.values())
 
 
 @pytest.mark.parametrize("old, new", [

@@ -17,12 +17,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*out of date")
 
 class Script(AtariVectorEnv):
     """Two environments that play a table of (reward, terminated, truncated, lives), step after step. Environment 0
-    loses a life, then the game; environment 1 meets its time limit. The step after that only resets."""
+    loses a life, then the game; environment 1 meets its time limit. The step after that resets: all else is void."""
 
     table = [
         [(5, False, False, 2), (0, False, False, 1)],
         [(-3, True, False, 1), (7, False, True, 1)],
-        [(0, False, False, 1), (0, False, False, 3)],
+        [(0, False, False, 1), (9, True, False, 3)],
         [(2, True, False, 0), (1, False, False, 3)],
         [(0, False, False, 2), (0, False, False, 3)],
         [(1, False, False, 2), (4, False, False, 3)],
@@ -44,8 +44,7 @@ class Script(AtariVectorEnv):
         return self.frames(), reward, terminated, truncated, {"lives": lives}
 
 
-def played(monkeypatch, script, priority=1.0):
-    """Six steps -> play, replay, (over, score, length) after each."""
+def played(monkeypatch, script, priority=1.0):  # -> play, replay, (over, score, length) after each step
     monkeypatch.setattr(finetune, "make_envs", lambda env_id, num_envs, life_loss_ends: script)
     replay, seen = Replay(14), []
     play = start_games("A", replay, np.array([0, 7]), seed=3)
@@ -110,8 +109,8 @@ def replay_with(*priorities):
     """A replay with these priorities game after game, and the games."""
     replay = Replay(sum(map(len, priorities)))
     replay.priority[:] = np.concatenate(priorities)
-    stops = np.cumsum([len(priority) for priority in priorities])
-    slices = [slice(stop - len(priority), stop) for stop, priority in zip(stops, priorities, strict=True)]
+    starts = np.cumsum([0, *map(len, priorities)])
+    slices = [slice(*ends) for ends in zip(starts[:-1], starts[1:], strict=True)]
     return replay, [Game(str(rows), rows, None) for rows in slices]
 
 
