@@ -81,6 +81,7 @@ def test_a_cycle_is_e_updates_each_with_a_batch_of_its_own():
 def test_the_answer_stored_for_a_state_is_that_of_a_search_by_hand():
     replay, net, legal = random_stream(40, seed=0), tiny_net(), np.arange(18) % 3 > 0
     rows = np.array([31, 4, 17, 9, 22])
+    replay.uses[:] = 7
     search = mcts.Search(model.inference_copy(net), 6, capacity=2)
     reanalyze(search, replay, rows, legal, np.random.default_rng(5), noise=True)
     rng = np.random.default_rng(5)
@@ -91,11 +92,11 @@ def test_the_answer_stored_for_a_state_is_that_of_a_search_by_hand():
         with torch.no_grad():
             value = model.support_to_scalar(net.initial_inference(obs)[2])
         np.testing.assert_allclose(replay.value[block], value, rtol=1e-3, atol=1e-4)
-    others = np.setdiff1d(np.arange(40), rows)  # an offline game's, say
-    before = random_stream(40, seed=0)
-    np.testing.assert_array_equal(replay.policy[others], before.policy[others])
-    np.testing.assert_array_equal(replay.value[others], before.value[others])
-    assert (replay.turn == np.isin(np.arange(40), rows)).all() and not replay.policy[rows][:, ~legal].any()
+    assert not replay.policy[rows][:, ~legal].any()
+    searched, before = np.isin(np.arange(40), rows), random_stream(40, seed=0)
+    assert (replay.turn == searched).all() and (replay.uses == 7 * ~searched).all()
+    np.testing.assert_array_equal(replay.policy[~searched], before.policy[~searched])  # an offline game's, say
+    np.testing.assert_array_equal(replay.value[~searched], before.value[~searched])
 
 
 class Answer:
