@@ -302,6 +302,8 @@ def read_teacher(folder):
     Exits with one line if something is missing or damaged, or if the dataset is not the one that the teacher answered.
     """
     answers = model.load_file(f"{folder}/targets.npz")
+    if not {"dataset", "checksum", "policy", "value", "score"} <= answers.keys():
+        raise SystemExit(f"error: {folder}/targets.npz is not what pretrain_teacher.py writes; run it again")
     path = os.path.normpath(os.path.join(os.path.realpath(folder), str(answers["dataset"])))
     data = read_dataset(path)
     if data["checksum"] != str(answers["checksum"]):
@@ -367,7 +369,8 @@ def sample(replay, games, sizes, num_batches, exponent, beta, rng):
     """
     rows, weight = [], []
     for game, size in zip(games, sizes, strict=True):
-        mass = replay.priority[game.rows] ** exponent  # [R of the game]
+        priority = replay.priority[game.rows]  # [R of the game]
+        mass = np.where(priority > 0, priority**exponent, 0.0)
         probability = mass / mass.sum()
         N = np.count_nonzero(mass)
         options = {"replace": N < size, "p": probability, "shuffle": False}

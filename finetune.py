@@ -352,6 +352,8 @@ def read_teacher(folder):
     Exits with one line if something is missing or damaged, or if the dataset is not the one that the teacher answered.
     """
     answers = model.load_file(f"{folder}/targets.npz")
+    if not {"dataset", "checksum", "policy", "value", "score"} <= answers.keys():
+        raise SystemExit(f"error: {folder}/targets.npz is not what pretrain_teacher.py writes; run it again")
     path = os.path.normpath(os.path.join(os.path.realpath(folder), str(answers["dataset"])))
     data = read_dataset(path)
     if data["checksum"] != str(answers["checksum"]):
@@ -428,7 +430,8 @@ def sample(replay, games, sizes, num_batches, exponent, beta, rng):
     """
     rows, weight = [], []
     for game, size in zip(games, sizes, strict=True):
-        mass = replay.priority[game.rows] ** exponent  # [R of the game]
+        priority = replay.priority[game.rows]  # [R of the game]
+        mass = np.where(priority > 0, priority**exponent, 0.0)
         probability = mass / mass.sum()
         N = np.count_nonzero(mass)
         options = {"replace": N < size, "p": probability, "shuffle": False}
@@ -832,6 +835,7 @@ if __name__ == "__main__":
     net, teachers = load_networks(args)
     args.channels, args.blocks = net.config.channels, net.config.blocks
     device = choose_device(args)
+    legal = legal_actions(args.env_id)  # [A]
     teachers = teachers if args.cross_task and args.total_timesteps else ()
     datasets = [read_teacher(folder) for folder in teachers]
     checksums = [data["checksum"] for data in datasets]
@@ -844,7 +848,6 @@ if __name__ == "__main__":
     stream_length = args.total_timesteps // E + 1
     replay, games = make_replay(datasets, E * stream_length, device)
     own = slice(len(replay.action) - E * stream_length, len(replay.action))  # rows of the target game
-    legal = legal_actions(args.env_id)  # [A]
     games = [Game(args.env_id, own, legal), *games]
     quota = math.ceil(E * args.batch_size * (args.unroll_steps + 1) / args.reanalyze_reuse)  # searched in a cycle
 

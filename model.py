@@ -21,6 +21,7 @@ import shlex
 import signal
 import sys
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -372,6 +373,9 @@ def augment(obs, generator, scale=0.05):
 
 
 # --- files and run folders ---
+DAMAGE = zipfile.BadZipFile, zlib.error, pickle.UnpicklingError  # what a damaged file raises besides the usual
+
+
 @contextlib.contextmanager
 def whole_file(path):
     """An open binary file beside `path`, which takes its place at the end: `path` is whole, or as it was before."""
@@ -398,7 +402,9 @@ def load_file(path):
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            # torch takes a member that says it is a folder for one, whose tensor it then leaves uninitialised.
+            folders = [member.filename for member in archive.infolist() if member.external_attr & 0x10]
+            damaged = archive.testzip() or ", ".join(folders)
         if damaged:
             raise zipfile.BadZipFile(f"the checksum of {damaged} differs")
         if path.endswith(".npz"):
@@ -407,7 +413,7 @@ def load_file(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise SystemExit(f"error: {path} not found; check its name") from None
-    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, ValueError, RuntimeError, *DAMAGE) as error:
         reason = " ".join(str(error).split())[:120]
         raise SystemExit(f"error: {path} is damaged, or no file of this project ({reason}); make it again") from None
 

@@ -350,7 +350,8 @@ def sample(replay, games, sizes, num_batches, exponent, beta, rng):
     """
     rows, weight = [], []
     for game, size in zip(games, sizes, strict=True):
-        mass = replay.priority[game.rows] ** exponent  # [R of the game]
+        priority = replay.priority[game.rows]  # [R of the game]
+        mass = np.where(priority > 0, priority**exponent, 0.0)
         probability = mass / mass.sum()
         N = np.count_nonzero(mass)
         options = {"replace": N < size, "p": probability, "shuffle": False}

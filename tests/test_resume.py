@@ -219,7 +219,7 @@ def test_the_checkpoint_of_100000_steps_is_small_and_soon_resumed(tmp_path):
         kill(tmp_path, "run", command, signal.SIGKILL, 0)
         print(f"{what} in {time.time() - begin:.0f} s, checkpoint of {path.stat().st_size / 1e6:.0f} MB")
     checkpoint = model.load_file(str(path))
-    assert len(checkpoint["actions"]) == 12_500 and checkpoint["updates"] == 16
+    assert len(checkpoint["actions"]) == 12_500 and checkpoint["updates"] >= 16
     assert path.stat().st_size < 20e6
     net = model.EfficientZeroNet(model.ModelConfig.of_width(64, 4))
     checkpoint |= {name: net.state_dict() for name in ("net", "player", "target", "next_target")}
