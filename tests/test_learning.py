@@ -59,7 +59,7 @@ def curves(tmp_path_factory):
     teach = "pretrain_teacher.py --num-updates 704 --datasets"
     run_all(folder, {f"teacher-{game}": f"{teach} {game}.npz" for game in SOURCES})
     commands = {"student": "distill.py --num-updates 504 --teachers teacher-Catch-v0 teacher-Catch-v1"}
-    scratch = f"{ONLINE}{TARGET} --eval-every 50 --total-timesteps {SCRATCH_STEPS} --seed"
+    scratch = f"{ONLINE}{TARGET} --eval-every 100 --total-timesteps {SCRATCH_STEPS} --seed"
     run_all(folder, commands | {f"scratch-{seed}": f"{scratch} {seed}" for seed in SEEDS})
     xtra = f"{ONLINE}{TARGET} --eval-every 50 --total-timesteps {XTRA_STEPS} --pretrained student {OFFLINE} --seed"
     run_all(folder, {f"xtra-{seed}": f"{xtra} {seed}" for seed in SEEDS})
