@@ -1,9 +1,11 @@
 """A run that dies, by whatever cause, ends as if nothing had happened when it is started again with --resume.
 
-What is to be killed is a real command line; other runs are made in this process, which spares the seconds of imports.
+What is to be killed, and what it is compared with, are real command lines: in a process that ran other tests before, sums
+may round differently. Runs that end with a message are made in this process, which spares the seconds of imports.
 `make test` kills each script once or twice, `make faults` ten times, on the toy game and on Atari.
 """
 
+import contextlib
 import fcntl
 import os
 import random
@@ -64,20 +66,38 @@ def run(folder, command):
             signal.signal(signal.SIGINT, handler)
 
 
+def run_alone(folder, command):
+    """Runs a command to its end in a process of its own -> the seconds of the processor that it took."""
+    before = os.times().children_user
+    done = subprocess.run(words(command), cwd=folder, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return os.times().children_user - before
+
+
+def words(command):
+    script, *flags = shlex.split(command)
+    return [sys.executable, f"{ROOT}/{Path(script).name}", *flags]
+
+
+def environment():
+    paths = {"PYTHONPATH": str(ROOT / "tests"), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    return os.environ | paths
+
+
 def kill(folder, name, command, number, seconds, file="checkpoint.pt"):
     """Starts a command, waits until it has written a file and then used the processor for some seconds more, and ends
     it by a signal -> its exit status, its output."""
-    words = [sys.executable, f"{ROOT}/{command.split()[0]}", *command.split()[1:]]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "PYTHONUNBUFFERED": "1"}
     begin = time.time()
     with open(folder / "output", "w") as output:
-        process = subprocess.Popen(words, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        streams = {"stdout": output, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(words(command), cwd=folder, env=environment(), **streams)
     used = psutil.Process(process.pid).cpu_times
     while process.poll() is None and not any(x.stat().st_mtime > begin for x in (folder / name).glob(file)):
         time.sleep(0.01)
-    instant = used().user + seconds
-    while process.poll() is None and used().user < instant:
-        time.sleep(0.01)
+    with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
+        instant = used().user + seconds
+        while process.poll() is None and used().user < instant:
+            time.sleep(0.01)
     process.send_signal(number)
     status, now = process.wait(), int(time.time())
     while int(time.time()) == now:  # TensorBoard names files by the second; a process alone takes longer to start
@@ -87,12 +107,7 @@ def kill(folder, name, command, number, seconds, file="checkpoint.pt"):
 
 def reference(folder, commands):
     """Runs every stage without an interruption -> the seconds of the processor that each took."""
-    seconds = {}
-    for name, command in commands.items():
-        begin = time.process_time()
-        assert run(folder, command) is None
-        seconds[name] = time.process_time() - begin
-    return seconds
+    return {name: run_alone(folder, command) for name, command in commands.items()}
 
 
 def plain(x):
@@ -135,7 +150,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(toy, work, name):
     for number in [signal.SIGKILL, signal.SIGTERM] if name == "scratch" else [signal.SIGKILL]:
         status, _ = kill(work, name, COMMANDS[name], number, instants.uniform(0, toy[1][name] / 6))
         assert status == -number
-    assert run(work, COMMANDS[name]) is None
+    run_alone(work, COMMANDS[name])
     assert left(work / name) == left(toy[0] / name)
 
 
@@ -144,7 +159,7 @@ def test_ctrl_c_prints_the_command_that_goes_on(toy, work):
     status, output = kill(work, "xtra", COMMANDS["xtra"].replace(" --resume", ""), signal.SIGINT, 0)
     text, command = output.split("stopped. Go on with: python ")
     assert status == 130 and "Traceback" not in text and command.count("\n") == 1
-    assert run(work, command) is None
+    run_alone(work, command.strip())
     assert left(work / "xtra") == left(toy[0] / "xtra")
 
 
@@ -203,7 +218,7 @@ def test_ten_kills_of_every_script(tmp_path, games):
             instant = instants.uniform(0, seconds[name] / 5)
             status, _ = kill(tmp_path, name, commands[name], signal.SIGKILL, instant, "events.*")
             killed += status == -signal.SIGKILL
-        assert run(tmp_path, commands[name]) is None
+        run_alone(tmp_path, commands[name])
         assert left(tmp_path / name) == left(tmp_path / "expected") and killed >= 5
         print(f"{games[2]}: {name} was killed {killed} times and ended the same")
         shutil.rmtree(tmp_path / "expected")
