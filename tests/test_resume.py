@@ -1,7 +1,7 @@
 """A run that dies, by whatever cause, ends as if nothing had happened when it is started again with --resume.
 
-What is to be killed, and what it is compared with, are real command lines: in a process that ran other tests before, sums
-may round differently. Runs that end with a message are made in this process, which spares the seconds of imports.
+What is to be killed, and what it is compared with, are real command lines: in a process that ran other tests before,
+sums may round differently. Runs that end with a message are made in this process, which spares the seconds of imports.
 `make test` kills each script once or twice, `make faults` ten times, on the toy game and on Atari.
 """
 
