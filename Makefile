@@ -1,6 +1,6 @@
 # make quickstart   the whole pipeline on real Atari, tiny and on the CPU
 # make test         every test but the long ones
-# make faults       the long ones: kills at random instants, the checkpoint of a full-size run
+# make faults       the long ones: kills at random instants, the checkpoint of a full-size run, transfer between toy games
 # make lint         ruff: rules and formatting
 # make clean        removes the virtual environment and the caches; runs/ and data/ stay
 PYTHON ?= python3

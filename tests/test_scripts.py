@@ -19,20 +19,19 @@ from finetune import GAME_OVER, LIFE_LOST, TIME_LIMIT, Replay, read_dataset, sav
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "--channels 8 --blocks 1 --batch-size 8 --num-simulations 4 --unroll-steps 2 --eval-episodes 2"
 SOURCES, TARGET = ["PhoenixNoFrameskip-v4", "toy_env:Catch-v0"], "DemonAttackNoFrameskip-v4"
-SCRATCH = f"finetune.py --env-id {SOURCES[0]} --total-timesteps 48 --learning-starts 24 --num-envs 3"
 TEACH = "pretrain_teacher.py --num-updates 16 --datasets"
 DISTILL = "distill.py --num-updates 16 --teachers"
 FINETUNE = "finetune.py --num-envs 4 --learning-starts 16 --offline-batch-size 8 --env-id"
 XTRA = f"{FINETUNE} {TARGET} --pretrained student --total-timesteps"
-MEASURE = "--similarity-start 8 --similarity-interval 10 --similarity-updates 4 --eval-every 20"
+MEASURE = "--similarity-start 8 --similarity-interval 10 --similarity-updates 4 --similarity-threshold 0"
 RUNS = {  # run folder: script and flags
-    "scratch": f"{SCRATCH} --save-dataset played.npz",
+    "scratch": f"finetune.py --env-id {SOURCES[0]} --total-timesteps 48 --learning-starts 24 --save-dataset played.npz",
     "teacher0": f"{TEACH} played.npz",
     "teacher1": f"{TEACH} recorded.npz",
     "both": f"{TEACH} played.npz recorded.npz",
     "student": f"{DISTILL} teacher0 teacher1",
-    "xtra": f"{XTRA} 40 {MEASURE}",
-    "again": f"{XTRA} 40 {MEASURE}",
+    "xtra": f"{XTRA} 40 --eval-every 20 {MEASURE}",
+    "again": f"{XTRA} 40 --eval-every 20 {MEASURE}",
     "zero-shot": f"{XTRA} 0",
     "h": f"{XTRA} 0 --transfer h",
     "no-cross-task": f"{XTRA} 16 --no-cross-task",
@@ -61,8 +60,7 @@ def chain(tmp_path_factory):  # the folder in which all RUNS ran, and what each 
 
 
 def scalars(run_dir, key):
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
-    events.Reload()
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     return [(event.step, event.value) for event in events.Scalars(key)]
 
 
@@ -87,9 +85,8 @@ def test_a_script_says_why_it_uses_the_cpu_and_at_last_its_folder_and_the_next_c
         assert f"device: CPU, float32; nothing is compiled or recorded ({reason})" in lines
         args = model.load_model(f"{chain[0]}/{run_dir}/model.pt")[1]["args"]
         assert not args["cuda"] and not args["compile"] and not args["cudagraphs"]  # what is in use
-    last = {run_dir: lines[-1] for run_dir, lines in chain[1].items()}
-    assert last["teacher1"] == "teacher1: teacher saved. Next: python distill.py --teachers teacher1 OTHER_TEACHERS..."
-    assert last["student"] == "student: student saved. Next: python finetune.py --pretrained student --env-id NEW_GAME"
+    assert chain[1]["teacher1"][-1].endswith("Next: python distill.py --teachers teacher1 OTHER_TEACHERS...")
+    assert chain[1]["student"][-1].endswith("Next: python finetune.py --pretrained student --env-id NEW_GAME")
 
 
 def test_a_run_folder_holds_the_files_of_its_run(chain):
@@ -123,10 +120,10 @@ def test_evaluations_are_at_the_right_steps(chain):
 
 
 def test_eta_is_the_share_of_similar_gradients_in_the_last_measurement(chain):
-    for game in ("PhoenixNoFrameskip-v4", "toy_env_Catch-v0"):  # as TensorBoard writes it
+    for game in SOURCES:
         cosines = dict(scalars(chain[0] / "xtra", f"transfer/grad_cosine/{game}"))
         assert list(cosines) == [10, 11, 12, 13, 20, 21, 22, 23, 30, 31, 32, 33]
-        first, second, third = (np.array(list(cosines.values())).reshape(3, 4) > 0.1).mean(axis=1)
+        first, second, third = (np.array(list(cosines.values())).reshape(3, 4) > 0).mean(axis=1)
         expected = [1, 1, 1, first, first, first, second, second, third, third]  # by cycle; new from 14, 24, 34 on
         assert [eta for _, eta in scalars(chain[0] / "xtra", f"transfer/task_weight/{game}")] == expected
 
@@ -136,14 +133,13 @@ def test_the_papers_other_runs_change_their_networks_and_use_their_games(chain):
     expected = {"zero-shot": set(), "h": rest, "frozen": rest, "no-cross-task": rest | {"representation"}}
     for run_dir, networks in expected.items():
         assert changed(chain[0] / run_dir, chain[0] / "student") == networks, run_dir
-        games = [TARGET, *SOURCES] if run_dir == "frozen" else [TARGET]
-        assert model.load_model(f"{chain[0]}/{run_dir}/model.pt")[1]["env_ids"] == games
+        games = model.load_model(f"{chain[0]}/{run_dir}/model.pt")[1]["env_ids"]
+        assert games == ([TARGET, *SOURCES] if run_dir == "frozen" else [TARGET])
     assert changed(chain[0] / "cloned-zero-shot", chain[0] / "cloned") == set()
 
 
 def record(steps, path, env_id):
-    """Saves consecutive steps of a game as a dataset: frame uint8 [96, 96, 3], the ALE action taken there, and what it
-    led to: raw reward, terminated (the game is over), truncated (it was cut), life_lost."""
+    """Saves steps as a dataset: a frame [96, 96, 3], the ALE action taken there, and what that led to."""
     steps = list(steps)
     replay, row = Replay(2 * len(steps)), 0
     for frame, action, reward, terminated, truncated, life_lost in steps:
