@@ -642,7 +642,8 @@ def unroll_loss(net, batch, coefficients):
         latent, lstm_state, prefix_logits, policy_logits, value_logits = net.recurrent_inference(
             latent, batch.action[:, k - 1], lstm_state
         )
-        # Before the call without gradients: autocast caches the weights that it casts, and with them their gradients.
+        # Before the call without gradients: autocast caches the weights that it casts. Cast there first, they would be
+        # used here too, and the projector would get no gradient.
         online = net.predictor(net.projector(latent)).float()
         with torch.no_grad():  # f runs here for its batch norm statistics only, as in the reference
             target_latent = net.initial_inference(batch.target_obs[:, 3 * k - 3 : 3 * k + 9])[0]
@@ -952,6 +953,8 @@ if __name__ == "__main__":
         if last:
             break
 
+        # The newest states always have a policy of the network that plays: it is searched after each step, for the next
+        # one, and again where that network changes, as in the first cycle.
         result = None  # of the latest search of self-play
         temperature = temperature_at(updates, args.total_timesteps)
         if due(args.selfplay_interval):
@@ -997,6 +1000,7 @@ if __name__ == "__main__":
         priorities, numbers = [], []
         for update in range(updates, updates + E):
             batch = take_batch(replay, batches, update - updates, generator)
+            # Updates 10,000 to 10,499 measure with the old eta, from 10,500 on the new one holds; again every 5,000.
             phase = update % args.similarity_interval
             if phase == args.similarity_updates and measured:  # 120 of 500 similar: eta = 0.24 (XTRA, Appendix B)
                 eta = similar / measured

@@ -173,6 +173,7 @@ def select_child(tree, b, node, t, parent_mean_q):
 @kernel
 def traverse_root(tree, s, b):
     """Descends from root b to an edge without a child, where node s + 1 will be."""
+    # Each of the s simulations so far passed one child of the root.
     node, depth, (k, mean) = ROOT, 1, select_child(tree, b, ROOT, s, ZERO)
     while tree.child[node, b, k] != UNVISITED:
         t = np.int64(tree.edges[node, b, VISITS, k]) - 1  # the first visit evaluated it, the others passed on
@@ -274,7 +275,9 @@ class NodeStates:
         """Puts n <= B roots in place: latent [n, C, H, W], illegal [n, A]; their LSTM states are zeros."""
         n, B = len(latent), len(self.rows)
         self.n = self.num_rows = n
-        if self.record:  # a recording has a fixed size: the smallest of B, B/2, B/4, ... that holds n
+        # A recording has a fixed size: the smallest of B, B/2, B/4, ... that holds n. The rows beyond n repeat leaves
+        # of earlier searches, and what comes of them lies in columns that nobody reads.
+        if self.record:
             self.num_rows = B
             while self.num_rows // 2 >= max(n, 8):
                 self.num_rows //= 2

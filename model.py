@@ -261,8 +261,10 @@ class EfficientZeroNet(nn.Module):
 
     def search_leaf(self, latent, action, lstm_state):
         """What a search asks about a leaf -> latent, (h, c), value prefix and value as scalars [B], policy logits."""
-        latent, lstm_state, prefix, policy_logits, value = self.recurrent_inference(latent, action, lstm_state)
-        return latent, lstm_state, support_to_scalar(prefix), support_to_scalar(value), policy_logits
+        latent, lstm_state, prefix_logits, policy_logits, value_logits = self.recurrent_inference(
+            latent, action, lstm_state
+        )
+        return latent, lstm_state, support_to_scalar(prefix_logits), support_to_scalar(value_logits), policy_logits
 
     def initial_lstm_state(self, batch_size, like):
         """Zeros (h, c), each [B, L], on the device and of the type of the tensor `like`."""

@@ -495,7 +495,8 @@ def unroll_loss(net, batch, coefficients):
         latent, lstm_state, prefix_logits, policy_logits, value_logits = net.recurrent_inference(
             latent, batch.action[:, k - 1], lstm_state
         )
-        # Before the call without gradients: autocast caches the weights that it casts, and with them their gradients.
+        # Before the call without gradients: autocast caches the weights that it casts. Cast there first, they would be
+        # used here too, and the projector would get no gradient.
         online = net.predictor(net.projector(latent)).float()
         with torch.no_grad():  # f runs here for its batch norm statistics only, as in the reference
             target_latent = net.initial_inference(batch.target_obs[:, 3 * k - 3 : 3 * k + 9])[0]
