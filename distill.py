@@ -451,7 +451,7 @@ class Batch(NamedTuple):
 def take_batch(replay, batches, i, generator):
     """Batch i of `make_targets` and weights (tensors [E, B, ...]), its frames gathered and augmented."""
     frames = replay.frames[batches["frames"][i]]  # [B, K+4, 3, 96, 96]
-    if frames.device != generator.device:  # from RAM to a GPU, which does not wait for the next update
+    if frames.device.type != generator.device.type:  # from RAM to a GPU, which does not wait for the next update
         frames = frames.pin_memory().to(generator.device, non_blocking=True)
     return Batch(
         obs=model.augment(frames[:, :4].flatten(1, 2), generator),
