@@ -114,6 +114,12 @@ def activation(config):
     return getattr(nn, config.activation)()
 
 
+def average_pool():
+    """Mean of 3x3 pixels at every second one, zeros around the edge. The zeros are a layer of their own: with
+    `padding=1` in channels_last order a GPU's gradient is wrong before torch 2.14 (pytorch/pytorch#188344)."""
+    return nn.Sequential(nn.ZeroPad2d(1), nn.AvgPool2d(3, stride=2))
+
+
 class ResidualBlock(nn.Module):
     """conv, BN, ReLU, conv, BN, + skip, ReLU. A strided block's skip is a strided 3x3 convolution without BN."""
 
@@ -171,9 +177,9 @@ class RepresentationNetwork(nn.Module):
             *[ResidualBlock(config, stem, stem) for _ in range(config.blocks)],
             ResidualBlock(config, stem, c, stride=2),  # -> [B, C, 24, 24]
             *[ResidualBlock(config, c, c) for _ in range(config.blocks)],
-            nn.AvgPool2d(3, stride=2, padding=1),  # -> [B, C, 12, 12]
+            average_pool(),  # -> [B, C, 12, 12]
             *[ResidualBlock(config, c, c) for _ in range(config.blocks)],
-            nn.AvgPool2d(3, stride=2, padding=1),  # -> [B, C, 6, 6]
+            average_pool(),  # -> [B, C, 6, 6]
             *[ResidualBlock(config, c, c) for _ in range(config.blocks)],
         )
 

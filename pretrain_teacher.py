@@ -87,7 +87,7 @@ class Run:
     wandb_entity: str | None = None  # the W&B entity (team)
     cuda: bool = True  # whether to use the GPU; a machine without one runs on the CPU
     torch_deterministic: bool = True  # whether cuDNN may only use deterministic algorithms
-    compile: bool = True  # whether torch.compile fuses the loss, on a GPU
+    compile: bool = True  # whether torch.compile fuses the kernels of the networks that learn, on a GPU
     cudagraphs: bool = True  # whether kernels are recorded once and then replayed, on a GPU
 
 
@@ -139,9 +139,9 @@ def choose_device(args):
     args.cudagraphs = args.cudagraphs and args.cuda
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if args.cuda:
-        loss = "compiled" if args.compile else "not compiled"
+        networks = "compiled" if args.compile else "not compiled"
         kernels = "recorded" if args.cudagraphs else "not recorded"
-        print(f"device: {torch.cuda.get_device_name()}, bfloat16; the loss is {loss}, kernels are {kernels}")
+        print(f"device: {torch.cuda.get_device_name()}, bfloat16; networks are {networks}, kernels are {kernels}")
         return torch.device("cuda")
     print(f"device: CPU, float32; nothing is compiled or recorded ({reason})")
     if args.channels * args.batch_size >= 64 * 256:
@@ -621,9 +621,11 @@ if __name__ == "__main__":
     reanalyzer = mcts.Search(model.inference_copy(net), args.num_simulations, min(quota, 1024), **options)
     evaluator = mcts.Search(model.inference_copy(net), args.num_simulations, args.eval_episodes, **options)
     next_target_net = model.inference_copy(net)
-    loss_function = torch.compile(unroll_loss) if args.compile else unroll_loss
+    if args.compile:  # each for itself: the loss, with all that it unrolls, would take minutes
+        for network in net.children():
+            network.compile()
     coefficients = {name: getattr(args, f"{name}_coef") for name in ("value_prefix", "policy", "value", "consistency")}
-    learn_batch = functools.partial(learn, net, loss_function, coefficients=coefficients)
+    learn_batch = functools.partial(learn, net, unroll_loss, coefficients=coefficients)
     learn_batch = record(learn_batch) if record else learn_batch
 
     # the run folder, and if the run goes on, all that it had
