@@ -864,7 +864,7 @@ if __name__ == "__main__":
     options = {"discount": args.gamma, "c_init": args.c_init, "record": record}
     options |= {"dirichlet_alpha": args.dirichlet_alpha, "noise_fraction": args.dirichlet_fraction}
     player = mcts.Search(model.inference_copy(net), args.num_simulations, E, **options)
-    reanalyzer = mcts.Search(model.inference_copy(net), args.num_simulations, min(quota, 1024), **options)
+    reanalyzer = mcts.Search(model.inference_copy(net), args.num_simulations, min(quota, 4096), **options)
     evaluator = mcts.Search(model.inference_copy(net), args.num_simulations, args.eval_episodes, **options)
     next_target_net = model.inference_copy(net)
     if args.compile:  # each for itself: the loss, with all that it unrolls, would take minutes
