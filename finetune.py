@@ -909,7 +909,8 @@ if __name__ == "__main__":
         for name in ("policy", "value", "turn", "uses"):
             getattr(replay, name)[own] = checkpoint[name].numpy()
         replay.priority[:] = checkpoint["priority"].numpy()
-        eta, similar, measured = checkpoint["eta"].to(device), checkpoint["similar"].to(device), checkpoint["measured"]
+        eta, similar = checkpoint["eta"].to(device), checkpoint["similar"].to(device)
+        measured = checkpoint["measured"]
         updates, scores, evaluations = checkpoint["updates"], checkpoint["scores"], checkpoint["evaluations"]
 
     folders = [os.path.relpath(os.path.realpath(folder), os.path.realpath(run_dir)) for folder in teachers]

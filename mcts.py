@@ -32,8 +32,13 @@ VALUE_PREFIX_HORIZON = 5
 PARALLEL_MIN_ROOTS = 256  # below, waking threads costs more than it saves
 
 # A float32 and a Python number make a float64 in numba: the formulas need constants of their own.
-ZERO, ONE, INF = np.float32(0), np.float32(1), np.float32(np.inf)
-C_BASE, C_INIT, MIN_Q_RANGE, TIE = np.float32(19652), np.float32(1.25), np.float32(0.01), np.float32(1e-6)
+ZERO = np.float32(0)
+ONE = np.float32(1)
+INF = np.float32(np.inf)
+C_BASE = np.float32(19652)
+C_INIT = np.float32(1.25)
+MIN_Q_RANGE = np.float32(0.01)
+TIE = np.float32(1e-6)
 # Node: parent's index, position k of the action that leads here from it, edges from the root, value prefix (0 at the
 # root), reward of the edge into the node, sum of the returns backed up. Root: generator state (0: none, the lowest of
 # tied actions wins), positions in use, range of `q` over the expanded nodes except the root.
@@ -71,7 +76,9 @@ def make_tree(root_prior, legal, num_simulations, *, discount, c_init=C_INIT, se
     K = legal.sum(1).max()
     actions = np.argsort(~legal, axis=1, kind="stable")[:, :K].astype(np.int32)  # [B, K], the legal ones first
     roots = np.recarray(B, ROOT_INFO)
-    roots.random_state, roots.num_legal, roots.q_min, roots.q_max = 0, legal.sum(1), INF, -INF
+    roots.random_state = 0
+    roots.num_legal = legal.sum(1)
+    roots.q_min, roots.q_max = INF, -INF
     if seeds is not None:  # splitmix64: neighbouring seeds must start far apart
         z = np.asarray(seeds, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
@@ -144,7 +151,8 @@ def pick(tree, b, n):
 @kernel
 def select_child(tree, b, node, t, parent_mean_q):
     """Position of the child with the best `ucb_score`, at a node whose children have t visits, and its `mean_q`."""
-    num_legal, q_min, q_max = tree.roots[b].num_legal, tree.roots[b].q_min, tree.roots[b].q_max
+    num_legal = tree.roots[b].num_legal
+    q_min, q_max = tree.roots[b].q_min, tree.roots[b].q_max
     if t == 0:
         # sqrt(t) = 0 silences the prior and no child has a Q yet: all tie. So the first descent through any node, the
         # root's too, is uniformly random. It ends at the child: nobody asks for the mean.
@@ -154,16 +162,21 @@ def select_child(tree, b, node, t, parent_mean_q):
         q_sum += tree.edges[node, b, Q, k]  # 0 if unvisited
         visited += tree.edges[node, b, VISITS, k] > ZERO
     mean = mean_q(q_sum, visited, parent_mean_q, node == ROOT)
-    rate, sqrt_t, unvisited_value = tree.exploration[t], np.sqrt(np.float32(t)), normalize(mean, q_min, q_max)
+    unvisited_value = normalize(mean, q_min, q_max)
+    rate = tree.exploration[t]
+    sqrt_t = np.sqrt(np.float32(t))
     for k in range(num_legal):  # a loop without branches: it compiles to vector instructions
         visits = tree.edges[node, b, VISITS, k]
         value = normalize(tree.edges[node, b, Q, k], q_min, q_max) if visits > ZERO else unvisited_value
         tree.scores[b, k] = ucb_score(rate, sqrt_t, visits, tree.edges[node, b, PRIOR, k], value)
-    best, choice, ties = -INF, 0, 0
+    best = -INF
+    choice = ties = 0
     for k in range(num_legal):
         score = tree.scores[b, k]
         if score > best:
-            best, choice, ties = score, k, 1
+            best = score
+            choice = k
+            ties = 1
         elif score >= best - TIE:
             ties += 1  # the i-th of the tied replaces the choice with probability 1 / i
             choice = k if pick(tree, b, ties) == ties - 1 else choice
@@ -173,22 +186,28 @@ def select_child(tree, b, node, t, parent_mean_q):
 @kernel
 def traverse_root(tree, s, b):
     """Descends from root b to an edge without a child, where node s + 1 will be."""
-    # Each of the s simulations so far passed one child of the root.
-    node, depth, (k, mean) = ROOT, 1, select_child(tree, b, ROOT, s, ZERO)
+    node = ROOT
+    depth = 1
+    k, mean = select_child(tree, b, ROOT, s, ZERO)  # each of the s simulations so far passed one child of the root
     while tree.child[node, b, k] != UNVISITED:
         t = np.int64(tree.edges[node, b, VISITS, k]) - 1  # the first visit evaluated it, the others passed on
-        node, depth = np.int64(tree.child[node, b, k]), depth + 1
+        node = np.int64(tree.child[node, b, k])
+        depth += 1
         k, mean = select_child(tree, b, node, t, mean)
     leaf = tree.nodes[s + 1, b]
-    leaf.parent, leaf.position, leaf.depth = node, k, depth
-    tree.leaf[0, b], tree.leaf[1, b], tree.leaf[2, b] = node, tree.actions[b, k], depth
+    leaf.parent = tree.leaf[0, b] = node
+    leaf.position = k
+    tree.leaf[1, b] = tree.actions[b, k]
+    leaf.depth = tree.leaf[2, b] = depth
 
 
 @kernel
 def expand_and_backup_root(tree, s, outputs, b):
     """Fills node s + 1 of root b with the network's outputs, backs its value up and finds the new range of Q."""
-    node, value = s + 1, outputs[b, 1]
-    leaf, root = tree.nodes[node, b], tree.roots[b]
+    node = s + 1
+    leaf = tree.nodes[node, b]
+    root = tree.roots[b]
+    value = outputs[b, 1]
     parent, k = np.int64(leaf.parent), np.int64(leaf.position)
     parent_is_reset = parent != ROOT and tree.nodes[parent, b].depth % VALUE_PREFIX_HORIZON == 0
     leaf.value_prefix = outputs[b, 0]
@@ -349,9 +368,13 @@ class Search:
 
     def __init__(self, net, num_simulations, capacity, *, discount=0.997**4, c_init=1.25, dirichlet_alpha=0.3,
                  noise_fraction=0.25, record=None):  # fmt: skip
-        self.net, self.num_simulations, self.capacity = net, num_simulations, capacity
-        self.discount, self.c_init = discount, c_init
-        self.dirichlet_alpha, self.noise_fraction = dirichlet_alpha, noise_fraction
+        self.net = net
+        self.num_simulations = num_simulations
+        self.capacity = capacity
+        self.discount = discount
+        self.c_init = c_init
+        self.dirichlet_alpha = dirichlet_alpha
+        self.noise_fraction = noise_fraction
         self.record = record
         self.halves = []  # one or two `NodeStates`, made at the first search
 
@@ -405,7 +428,9 @@ class Search:
                 run_step(tree, s - 1, outputs, s > 0, s < S, threads)
                 if s < S:
                     states.evaluate(tree.leaf, s)
-        visits, root_value, depth = np.zeros((n, A), np.float32), np.zeros(n, np.float32), np.zeros(n, np.int32)
+        visits = np.zeros((n, A), np.float32)
+        root_value = np.zeros(n, np.float32)
+        depth = np.zeros(n, np.int32)
         for tree, rows in zip(trees, slices, strict=True):
             np.put_along_axis(visits[rows], tree.actions, tree.edges[ROOT, :, VISITS], axis=1)
             root_value[rows] = tree.nodes.value_sum[ROOT] / np.float32(S)

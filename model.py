@@ -116,7 +116,7 @@ def activation(config):
 
 def average_pool():
     """Mean of 3x3 pixels at every second one, zeros around the edge. The zeros are a layer of their own: with
-    `padding=1` in channels_last order a GPU's gradient is wrong before torch 2.14 (pytorch/pytorch#188344)."""
+    `padding=1` in channels_last order the gradient of torch 2.11 is wrong on a GPU (pytorch/pytorch#188344)."""
     return nn.Sequential(nn.ZeroPad2d(1), nn.AvgPool2d(3, stride=2))
 
 

@@ -76,7 +76,7 @@ def test_compiled_networks_learn_the_same_also_beside_a_measurement_and_copies()
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 def test_gradients_of_h_in_channels_last_order_are_those_of_the_other_order(device):
-    """On a GPU torch before 2.14 has another, wrong one for a pool that pads (pytorch/pytorch#188344)."""
+    """On a GPU torch 2.11 has another, wrong one for a pool that pads (pytorch/pytorch#188344)."""
     obs = torch.rand(8, 12, 96, 96).to(device)
     gradients = []
     for order in (torch.contiguous_format, torch.channels_last):
