@@ -114,7 +114,7 @@ def test_sizes():
     assert lines["README.md"] <= 200 and lines["benchmark/quickstart.sh"] <= 40 and lines["benchmark/report.py"] <= 120
     stated = {name: int(n) for name, n in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", read("README.md"), re.M)}
     assert stated == {name: pytest.approx(lines[name], abs=15) for name in FIVE}
-    assert sum(lines[name] for name in FIVE) <= 3400
+    assert sum(lines[name] for name in FIVE) <= 3450
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
