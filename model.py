@@ -185,7 +185,9 @@ class RepresentationNetwork(nn.Module):
 
     def forward(self, obs):
         """obs [B, 3 * frames, 96, 96], uint8 or a float in [0, 1], oldest frame first -> latent [B, C, 6, 6]."""
-        return self.layers(obs.float() / 255 if obs.dtype == torch.uint8 else obs)
+        if obs.dtype == torch.uint8:
+            obs = obs.to(torch.float32, memory_format=torch.channels_last).div_(255)
+        return self.layers(obs)
 
 
 class DynamicsNetwork(nn.Module):
