@@ -614,7 +614,7 @@ if __name__ == "__main__":
     loss_function = cloning_loss if cloning else unroll_loss
     if args.compile:  # each for itself: the loss, with all that it unrolls, would take minutes
         for network in net.children():
-            network.compile()
+            network.compile(dynamic=False)
     coefficients = {name: getattr(args, f"{name}_coef") for name in ("value_prefix", "policy", "value", "consistency")}
     learn_batch = functools.partial(learn, net, loss_function, coefficients=coefficients)
     learn_batch = record(learn_batch) if record else learn_batch

@@ -864,12 +864,13 @@ if __name__ == "__main__":
     options = {"discount": args.gamma, "c_init": args.c_init, "record": record}
     options |= {"dirichlet_alpha": args.dirichlet_alpha, "noise_fraction": args.dirichlet_fraction}
     player = mcts.Search(model.inference_copy(net), args.num_simulations, E, **options)
-    reanalyzer = mcts.Search(model.inference_copy(net), args.num_simulations, min(quota, 4096), **options)
+    block = min(quota, 4096 if args.cuda else 1024)  # searched together; 0.7 MB each on a CPU, at full size
+    reanalyzer = mcts.Search(model.inference_copy(net), args.num_simulations, block, **options)
     evaluator = mcts.Search(model.inference_copy(net), args.num_simulations, args.eval_episodes, **options)
     next_target_net = model.inference_copy(net)
     if args.compile:  # each for itself: the loss, with all that it unrolls, would take minutes
         for network in net.children():
-            network.compile()
+            network.compile(dynamic=False)
     coefficients = {name: getattr(args, f"{name}_coef") for name in ("value_prefix", "policy", "value", "consistency")}
     constants = {"coefficients": coefficients, "sizes": sizes, "paper_loss": args.paper_loss}
     learn_batch = functools.partial(transfer_learn, net, unroll_loss, **constants)

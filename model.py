@@ -233,6 +233,13 @@ class PredictionNetwork(nn.Module):
         return self.policy(x), self.value(x)
 
 
+class Layers(nn.Sequential):
+    """With a forward of its own: torch.compile does not look into those of torch.nn."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
 class EfficientZeroNet(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -241,13 +248,13 @@ class EfficientZeroNet(nn.Module):
         self.dynamics = DynamicsNetwork(config)
         self.prediction = PredictionNetwork(config)
         hidden, out = config.projector_hidden, config.projector_out
-        self.projector = nn.Sequential(  # both branches of the consistency loss; ends in BN without ReLU
+        self.projector = Layers(  # both branches of the consistency loss; ends in BN without ReLU
             nn.Flatten(),
             *[nn.Linear(config.channels * 36, hidden), nn.BatchNorm1d(hidden), activation(config)],
             *[nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), activation(config)],
             *[nn.Linear(hidden, out), nn.BatchNorm1d(out)],
         )
-        self.predictor = nn.Sequential(  # the online branch only
+        self.predictor = Layers(  # the online branch only
             *[nn.Linear(out, config.predictor_hidden), nn.BatchNorm1d(config.predictor_hidden), activation(config)],
             nn.Linear(config.predictor_hidden, out),
         )

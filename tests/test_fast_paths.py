@@ -63,7 +63,7 @@ def test_compiled_networks_learn_the_same_also_beside_a_measurement_and_copies()
         net = tiny_net()
         if compiled:
             for network in net.children():
-                network.compile(backend="aot_eager")  # to build kernels of its own in C++ would take two minutes
+                network.compile(dynamic=False, backend="aot_eager")  # kernels built in C++ take two minutes
         said = []
         for seed, stance in enumerate(["default", "force_eager", "default"]):
             with torch.compiler.set_stance(stance):
@@ -72,6 +72,16 @@ def test_compiled_networks_learn_the_same_also_beside_a_measurement_and_copies()
         copied = model.inference_copy(net).search_root(some_obs(2))
         results.append([said, copied, [parameter.grad for parameter in net.parameters()], net.state_dict()])
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_each_network_is_compiled_and_none_again():
+    """torch.compile skips what it cannot trace without a word. With gradients and without are two graphs."""
+    net, graphs = tiny_net(), []
+    for name, network in net.named_children():
+        network.compile(dynamic=False, backend=lambda graph, _, name=name: graphs.append(name) or graph.forward)
+    for seed in range(2):
+        transfer_learn(net, unroll_loss, some_batch(seed, K=2), torch.ones(2), **SETTINGS)
+    assert sorted(graphs) == sorted(2 * ["representation", "dynamics", "prediction", "projector"] + ["predictor"])
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
@@ -112,7 +122,7 @@ def test_recorded_and_compiled_updates_are_the_updates(monkeypatch):
     for compiled, error in ((False, 0), (False, 0.3), (True, 0.7)):
         net, losses = tiny_net().to("cuda", memory_format=torch.channels_last), []
         for network in net.children() if compiled else []:
-            network.compile()
+            network.compile(dynamic=False)
         start = torch.cat([x.detach().flatten() for x in net.parameters()])
         optimizer = torch.optim.SGD(net.parameters(), lr=0.001, momentum=0.9, fused=True)
         learn = functools.partial(transfer_learn, net, unroll_loss, **SETTINGS)
