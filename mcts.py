@@ -35,10 +35,10 @@ PARALLEL_MIN_ROOTS = 256  # below, waking threads costs more than it saves
 ZERO = np.float32(0)
 ONE = np.float32(1)
 INF = np.float32(np.inf)
-C_BASE = np.float32(19652)
-C_INIT = np.float32(1.25)
-MIN_Q_RANGE = np.float32(0.01)
-TIE = np.float32(1e-6)
+C_BASE = np.float32(19652)  # MuZero, appendix B
+C_INIT = np.float32(1.25)  # MuZero, appendix B
+MIN_Q_RANGE = np.float32(0.01)  # the released code's: a smaller range of Q is noise, not to be stretched to [0, 1]
+TIE = np.float32(1e-6)  # scores nearer than this are equal but for rounding
 # Node: parent's index, position k of the action that leads here from it, edges from the root, value prefix (0 at the
 # root), reward of the edge into the node, sum of the returns backed up. Root: generator state (0: none, the lowest of
 # tied actions wins), positions in use, range of `q` over the expanded nodes except the root.

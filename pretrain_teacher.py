@@ -618,7 +618,7 @@ if __name__ == "__main__":
     record = model.Recorded if args.cudagraphs else None
     options = {"discount": args.gamma, "c_init": args.c_init, "record": record}
     options |= {"dirichlet_alpha": args.dirichlet_alpha, "noise_fraction": args.dirichlet_fraction}
-    block = min(quota, 4096 if args.cuda else 1024)  # searched together; 0.7 MB each on a CPU, at full size
+    block = min(quota, 4096 if args.cuda else 1024)  # states; at full size one takes 0.7 MB of RAM, half of it on a GPU
     reanalyzer = mcts.Search(model.inference_copy(net), args.num_simulations, block, **options)
     evaluator = mcts.Search(model.inference_copy(net), args.num_simulations, args.eval_episodes, **options)
     next_target_net = model.inference_copy(net)
