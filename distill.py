@@ -117,7 +117,7 @@ def flat(args):
 
 
 # Copied from pretrain_teacher.py
-def check_args(args, may_be_zero):
+def check_numbers(args, may_be_zero):
     """Exits with one line if a number is negative, or zero where that makes no sense."""
     for name, value in vars(args).items():
         lowest = 0 if name in may_be_zero or isinstance(value, float) else 1
@@ -127,6 +127,18 @@ def check_args(args, may_be_zero):
             raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {lowest} or more")
     if args.resume and not args.run_dir:
         raise SystemExit("error: --resume needs the --run-dir that it is to continue; give both")
+
+
+def check_args(args):
+    """Exits with one line if the flags do not fit together."""
+    check_numbers(args, may_be_zero=("seed",))
+    m = len(args.teachers)
+    if m == 0:
+        raise SystemExit("error: --teachers is empty, expected run folders; pretrain_teacher.py writes one")
+    if args.batch_size % m:
+        raise SystemExit(f"error: --batch-size {args.batch_size} is not a multiple of the {m} --teachers; make it one")
+    if args.num_updates % args.cycle:
+        raise SystemExit(f"error: --num-updates is not a multiple of --cycle, which is {args.cycle}; make it one")
 
 
 # Copied from pretrain_teacher.py
@@ -390,13 +402,13 @@ def sample(replay, games, sizes, num_batches, exponent, beta, rng):
 def make_targets(replay, roots, td_steps, unroll_steps, gamma, clip_rewards, rng):
     """What is learned from the rows `roots` [E, B], as in the table above -> dict of arrays [E, B, ...].
 
-    `z = reward_sum + gamma^n * value` of the state n steps on: n is td_steps [E, B], or fewer where the episode ends
-    (then nothing is bootstrapped) or where a stream's newest frame comes first (then that is bootstrapped from).
+    `z = reward_sum + gamma^n * value` of the state n steps on: n is td_steps (one number, or [E, B]), or fewer where
+    the episode ends (then nothing is bootstrapped) or a stream's newest frame comes (then that is bootstrapped from).
     gamma is per environment step of 4 frames. `frames` are the rows of o_t-3 .. o_t+K; past the end the last repeats.
     """
     shape = roots.shape
-    roots = roots.ravel()  # [N], N = E * B
-    td_steps = td_steps.ravel()  # [N]
+    td_steps = np.broadcast_to(td_steps, shape).ravel()  # [N], N = E * B
+    roots = roots.ravel()  # [N]
     N, K = len(roots), unroll_steps
     J = K + td_steps.max()
     rows = np.repeat(roots[:, None], J + 1, axis=1)  # [N, J+1] of state j, clipped to the last state that exists
@@ -577,16 +589,10 @@ def log_evaluation(writer, env_id, env_steps, updates, returns, lengths, suffix=
 
 if __name__ == "__main__":
     args = flat(tyro.cli(Args, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))
-    check_args(args, may_be_zero=("seed",))
+    check_args(args)
     E = args.cycle
     m = len(args.teachers)
     cloning = args.policy_target == "actions"
-    if m == 0:
-        raise SystemExit("error: --teachers is empty, expected run folders; pretrain_teacher.py writes one")
-    if args.batch_size % m:
-        raise SystemExit(f"error: --batch-size {args.batch_size} is not a multiple of the {m} --teachers; make it one")
-    if args.num_updates % E:
-        raise SystemExit(f"error: --num-updates {args.num_updates} is not a multiple of --cycle {E}; make it one")
 
     # TRY NOT TO MODIFY: seeding
     torch.manual_seed(args.seed)
@@ -605,8 +611,7 @@ if __name__ == "__main__":
     config = model.ModelConfig.of_width(args.channels, args.blocks)
     net = model.EfficientZeroNet(config).to(device, memory_format=torch.channels_last).train()
     parameters = list(net.parameters())
-    settings = {"lr": 0.0, "momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
-    optimizer = torch.optim.SGD(parameters, **settings)
+    optimizer = torch.optim.SGD(parameters, 0.0, args.momentum, weight_decay=args.weight_decay, fused=True)
     record = model.Recorded if args.cudagraphs else None
     options = {"discount": args.gamma, "c_init": args.c_init, "record": record}
     simulations = 0 if cloning else args.num_simulations
@@ -623,8 +628,7 @@ if __name__ == "__main__":
     # the run folder, and if the run goes on, all that it had
     run_name = f"{'+'.join(env_ids).replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = args.run_dir or f"runs/{run_name}"
-    # The lock is held until this process ends.
-    lock, checkpoint = model.open_run(args, run_dir, MAY_CHANGE)
+    lock, checkpoint = model.open_run(args, run_dir, MAY_CHANGE)  # the lock is held until this process ends
     updates = 0
     scores = {}  # mean return of the last evaluation
     evaluations = "env_steps,updates,episode,return,length,env_id\n"
@@ -677,29 +681,27 @@ if __name__ == "__main__":
         # ALGO LOGIC: training.
         beta = args.priority_beta + (1 - args.priority_beta) * min(1.0, updates / (1.2 * args.num_updates))
         rows, weight = sample(replay, games, sizes, E, args.priority_exponent, beta, rng)  # [E, B] each
-        td_steps = np.full(rows.shape, args.td_steps)  # fixed data do not age
-        batches = make_targets(replay, rows, td_steps, unroll_steps, args.gamma, args.clip_rewards, rng)
+        batches = make_targets(replay, rows, args.td_steps, unroll_steps, args.gamma, args.clip_rewards, rng)
         batches["weight"] = weight
         batches = {name: torch.from_numpy(x).to(device) for name, x in batches.items()}  # [E, B, ...] each
         batches["frames"] = batches["frames"].to(replay.frames.device)
-        priorities, numbers = [], []
+        numbers = []  # of each update: priorities, loss, gradient norm
         for update in range(updates, updates + E):
             batch = take_batch(replay, batches, update - updates, generator)
             loss, terms, priority = learn_batch(batch)
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.param_groups[0]["lr"] = learning_rate_at(update, args.num_updates, args.learning_rate)
             optimizer.step()
-            priorities.append(priority.clone())  # a recording writes its results in the same place each time
-            numbers.append(torch.stack([loss, norm]))
-        numbers = torch.stack(numbers).cpu().numpy()  # [E, 2]; here alone a cycle waits for a GPU
-        priorities = torch.stack(priorities).cpu().numpy()  # [E, B]
-        if not (np.isfinite(numbers).all() and np.isfinite(priorities).all()):
+            numbers.append(torch.cat([priority, loss.view(1), norm.view(1)]))  # copied: a recording overwrites them
+        numbers = torch.stack(numbers).cpu().numpy()  # [E, B + 2]; here alone a cycle waits for a GPU
+        if not np.isfinite(numbers).all():
             raise SystemExit(f"error: the loss is not finite after update {updates}; try a lower --learning-rate")
-        replay.priority[rows] = priorities  # of a row that came in several updates the latest stays
+        for update_rows, priority in zip(rows, numbers[:, :-2], strict=True):  # in this order: the latest stays
+            replay.priority[update_rows] = priority
 
         if due(log_every):
-            writer.add_scalar("losses/loss", numbers[-1, 0], updates)
-            writer.add_scalar("losses/gradient_norm", numbers[-1, 1], updates)
+            writer.add_scalar("losses/loss", numbers[-1, -2], updates)
+            writer.add_scalar("losses/gradient_norm", numbers[-1, -1], updates)
             for name, term in terms.items():
                 writer.add_scalar(f"losses/{name}_loss", term.mean().item(), updates)
                 for env_id, part in zip(env_ids, term.split(sizes), strict=True):

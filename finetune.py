@@ -149,7 +149,7 @@ def flat(args):
 
 
 # Copied from pretrain_teacher.py
-def check_args(args, may_be_zero):
+def check_numbers(args, may_be_zero):
     """Exits with one line if a number is negative, or zero where that makes no sense."""
     for name, value in vars(args).items():
         lowest = 0 if name in may_be_zero or isinstance(value, float) else 1
@@ -159,6 +159,28 @@ def check_args(args, may_be_zero):
             raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {lowest} or more")
     if args.resume and not args.run_dir:
         raise SystemExit("error: --resume needs the --run-dir that it is to continue; give both")
+
+
+def check_args(args):
+    """Exits with one line if the flags do not fit together."""
+    may_be_zero = ("seed", "total_timesteps", "extra_updates", "num_simulations", "learning_starts", "similarity_start")
+    check_numbers(args, may_be_zero)
+    E = args.num_envs
+    if args.total_timesteps % E or args.extra_updates % E:
+        raise SystemExit(f"error: --total-timesteps and --extra-updates must be multiples of --num-envs, here {E}")
+    if args.extra_updates and args.total_timesteps == 0:
+        raise SystemExit("error: --extra-updates need --total-timesteps before them; give both")
+    if args.total_timesteps and args.num_simulations == 0:
+        raise SystemExit("error: --num-simulations 0 only evaluates; training searches, give 1 or more")
+    if args.similarity_updates >= args.similarity_interval:
+        raise SystemExit("error: --similarity-updates must be less than --similarity-interval; lower it")
+    if args.teachers and not args.cross_task:
+        raise SystemExit("error: --teachers are not used with --no-cross-task; leave one of the two out")
+    if (args.freeze_representation or args.transfer != "hgf") and not args.pretrained:
+        raise SystemExit("error: --freeze-representation and --transfer need --pretrained; give its folder")
+    exists = os.path.exists(args.save_dataset or "")
+    if args.save_dataset and (not args.save_dataset.endswith(".npz") or exists and not args.resume):
+        raise SystemExit(f"error: --save-dataset is {args.save_dataset}, expected the name of a new .npz file")
 
 
 # Copied from pretrain_teacher.py
@@ -542,13 +564,13 @@ def stalest(replay, rows, n, reuse):
 def make_targets(replay, roots, td_steps, unroll_steps, gamma, clip_rewards, rng):
     """What is learned from the rows `roots` [E, B], as in the table above -> dict of arrays [E, B, ...].
 
-    `z = reward_sum + gamma^n * value` of the state n steps on: n is td_steps [E, B], or fewer where the episode ends
-    (then nothing is bootstrapped) or where a stream's newest frame comes first (then that is bootstrapped from).
+    `z = reward_sum + gamma^n * value` of the state n steps on: n is td_steps (one number, or [E, B]), or fewer where
+    the episode ends (then nothing is bootstrapped) or a stream's newest frame comes (then that is bootstrapped from).
     gamma is per environment step of 4 frames. `frames` are the rows of o_t-3 .. o_t+K; past the end the last repeats.
     """
     shape = roots.shape
-    roots = roots.ravel()  # [N], N = E * B
-    td_steps = td_steps.ravel()  # [N]
+    td_steps = np.broadcast_to(td_steps, shape).ravel()  # [N], N = E * B
+    roots = roots.ravel()  # [N]
     N, K = len(roots), unroll_steps
     J = K + td_steps.max()
     rows = np.repeat(roots[:, None], J + 1, axis=1)  # [N, J+1] of state j, clipped to the last state that exists
@@ -808,25 +830,9 @@ def load_networks(args):
 
 if __name__ == "__main__":
     args = flat(tyro.cli(Args, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))
-    may_be_zero = ("seed", "total_timesteps", "extra_updates", "num_simulations", "learning_starts", "similarity_start")
-    check_args(args, may_be_zero)
+    check_args(args)
     E = args.num_envs
     total_updates = args.total_timesteps + args.extra_updates
-    if args.total_timesteps % E or args.extra_updates % E:
-        raise SystemExit(f"error: --total-timesteps and --extra-updates must be multiples of --num-envs, here {E}")
-    if args.extra_updates and args.total_timesteps == 0:
-        raise SystemExit("error: --extra-updates need --total-timesteps before them; give both")
-    if args.total_timesteps and args.num_simulations == 0:
-        raise SystemExit("error: --num-simulations 0 only evaluates; training searches, give 1 or more")
-    if args.similarity_updates >= args.similarity_interval:
-        raise SystemExit("error: --similarity-updates must be less than --similarity-interval; lower it")
-    if args.teachers and not args.cross_task:
-        raise SystemExit("error: --teachers are not used with --no-cross-task; leave one of the two out")
-    if (args.freeze_representation or args.transfer != "hgf") and not args.pretrained:
-        raise SystemExit("error: --freeze-representation and --transfer need --pretrained; give its folder")
-    exists = os.path.exists(args.save_dataset or "")
-    if args.save_dataset and (not args.save_dataset.endswith(".npz") or exists and not args.resume):
-        raise SystemExit(f"error: --save-dataset is {args.save_dataset}, expected the name of a new .npz file")
 
     # TRY NOT TO MODIFY: seeding
     torch.manual_seed(args.seed)
@@ -857,8 +863,7 @@ if __name__ == "__main__":
     if args.freeze_representation:
         net.representation.requires_grad_(False).eval()  # its batch norm statistics stay too
     parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    settings = {"lr": 0.0, "momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
-    optimizer = torch.optim.SGD(parameters, **settings)
+    optimizer = torch.optim.SGD(parameters, 0.0, args.momentum, weight_decay=args.weight_decay, fused=True)
     generator = torch.Generator(device).manual_seed(args.seed)  # augmentation
     record = model.Recorded if args.cudagraphs else None
     options = {"discount": args.gamma, "c_init": args.c_init, "record": record}
@@ -874,15 +879,12 @@ if __name__ == "__main__":
     coefficients = {name: getattr(args, f"{name}_coef") for name in ("value_prefix", "policy", "value", "consistency")}
     constants = {"coefficients": coefficients, "sizes": sizes, "paper_loss": args.paper_loss}
     learn_batch = functools.partial(transfer_learn, net, unroll_loss, **constants)
-    learn_batch = record(learn_batch) if record else learn_batch
-    # m + 2 passes back through one loss, which neither compiled networks nor a recording allow.
-    measure_batch = functools.partial(transfer_learn, net, unroll_loss, **constants, measure=True)
+    recorded_learn = record(learn_batch) if record else learn_batch
 
     # the run folder, the games, and if the run goes on, all that it had
     run_name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = args.run_dir or f"runs/{run_name}"
-    # The lock is held until this process ends.
-    lock, checkpoint = model.open_run(args, run_dir, MAY_CHANGE)
+    lock, checkpoint = model.open_run(args, run_dir, MAY_CHANGE)  # the lock is held until this process ends
     streams = np.arange(own.start, own.stop, stream_length)  # [E] first row of each
     # Evaluations have the seeds below 1000; ale-py takes 31 bits.
     play = start_games(args.env_id, replay, streams, seed=1000 * (1 + args.seed) % 2_000_000_000)
@@ -950,8 +952,7 @@ if __name__ == "__main__":
             scores = {args.env_id: float(returns.mean())}
             with model.whole_file(f"{run_dir}/evaluations.csv") as file:
                 file.write(evaluations.encode())
-            counters = {"updates": updates, "env_steps": env_steps, "scores": scores}
-            model.save_model(f"{run_dir}/model.pt", net, **info, **counters)
+            model.save_model(f"{run_dir}/model.pt", net, **info, updates=updates, env_steps=env_steps, scores=scores)
             if movie:
                 save_gif(f"{run_dir}/video-{updates}.gif", movie)
         if last:
@@ -1001,7 +1002,7 @@ if __name__ == "__main__":
         np.add.at(replay.uses, batches["frames"][..., 3:], 1)  # the states 0 to K of each sample
         batches = {name: torch.from_numpy(x).to(device) for name, x in batches.items()}  # [E, B + offline, ...] each
         batches["frames"] = batches["frames"].to(replay.frames.device)
-        priorities, numbers = [], []
+        numbers = []  # of each update: priorities, loss, gradient norm
         for update in range(updates, updates + E):
             batch = take_batch(replay, batches, update - updates, generator)
             # Updates 10,000 to 10,499 measure with the old eta, from 10,500 on the new one holds; again every 5,000.
@@ -1012,10 +1013,10 @@ if __name__ == "__main__":
                 measured = 0
             measure = m and args.task_weights and update >= args.similarity_start and phase < args.similarity_updates
             if not measure:
-                loss, terms, priority, _ = learn_batch(batch, eta)
-            else:
+                loss, terms, priority, _ = recorded_learn(batch, eta)
+            else:  # m + 2 passes back through one loss, which neither compiled networks nor a recording allow
                 with torch.compiler.set_stance("force_eager"):
-                    loss, terms, priority, cosines = measure_batch(batch, eta)
+                    loss, terms, priority, cosines = learn_batch(batch, eta, measure=True)
                 similar = similar + (cosines > args.similarity_threshold)
                 measured += 1
                 for game, cosine in zip(games[1:], cosines.tolist(), strict=True):
@@ -1023,17 +1024,16 @@ if __name__ == "__main__":
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.param_groups[0]["lr"] = learning_rate_at(update, args.total_timesteps, args.learning_rate)
             optimizer.step()
-            priorities.append(priority.clone())  # a recording writes its results in the same place each time
-            numbers.append(torch.stack([loss, norm]))
-        numbers = torch.stack(numbers).cpu().numpy()  # [E, 2]; with the searches, where a cycle waits for a GPU
-        priorities = torch.stack(priorities).cpu().numpy()  # [E, B + offline]
-        if not (np.isfinite(numbers).all() and np.isfinite(priorities).all()):
+            numbers.append(torch.cat([priority, loss.view(1), norm.view(1)]))  # copied: a recording overwrites them
+        numbers = torch.stack(numbers).cpu().numpy()  # [E, B + offline + 2]; here, and in searches, it waits for a GPU
+        if not np.isfinite(numbers).all():
             raise SystemExit(f"error: the loss is not finite after update {updates}; try a lower --learning-rate")
-        replay.priority[rows] = priorities  # of a row that came in several updates the latest stays
+        for update_rows, priority in zip(rows, numbers[:, :-2], strict=True):  # in this order: the latest stays
+            replay.priority[update_rows] = priority
 
         if due(log_every):
-            writer.add_scalar("losses/loss", numbers[-1, 0], updates)
-            writer.add_scalar("losses/gradient_norm", numbers[-1, 1], updates)
+            writer.add_scalar("losses/loss", numbers[-1, -2], updates)
+            writer.add_scalar("losses/gradient_norm", numbers[-1, -1], updates)
             for name, term in terms.items():
                 for game, part in zip(games, term.split(sizes), strict=True):
                     suffix = "" if game is games[0] else f"/{game.env_id}"
