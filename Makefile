@@ -11,7 +11,7 @@ quickstart: .venv/installed
 	PYTHON=.venv/bin/python sh benchmark/quickstart.sh
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n logical --dist loadfile --no-loadscope-reorder tests/test_learning.py tests/test_scripts.py tests/test_resume.py tests
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n logical --dist loadfile --no-loadscope-reorder tests/test_learning.py tests/test_resume.py tests/test_scripts.py tests
 
 faults: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -s -m faults

@@ -1,8 +1,12 @@
 """The three scripts chained through their command lines, for a few dozen updates each: on Atari, and on a recording."""
 
+import contextlib
+import io
 import os
 import re
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -43,20 +47,38 @@ RUNS = {  # run folder: script and flags
 }
 
 
-def run(folder, command, run_dir):  # on one thread -> the lines it says
+def words_of(command, run_dir):
     script, flags = command.split(" ", 1)
-    words = f"{ROOT}/{script} {TINY} --eval-max-frames 80 {flags} --run-dir {run_dir}".split()
+    return f"{ROOT}/{script} {TINY} --eval-max-frames 80 {flags} --run-dir {run_dir}".split()
+
+
+def run(folder, command, run_dir):  # on one thread -> the lines it says
+    words = words_of(command, run_dir)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}/tests"}
     done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.splitlines()
 
 
+def run_here(folder, command, run_dir):  # in this process, which spares the seconds of imports
+    handler = signal.getsignal(signal.SIGINT)  # the script has its own
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", words_of(command, run_dir))
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    signal.signal(signal.SIGINT, handler)
+    return said.getvalue().splitlines()
+
+
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):  # the folder in which all RUNS ran, and what each said
     folder = tmp_path_factory.mktemp("chain")
     record(catch_below_the_block(games=4), f"{folder}/recorded.npz", "toy_env:Catch-v0")
-    return folder, {run_dir: run(folder, command, run_dir) for run_dir, command in RUNS.items()}
+    said = {}
+    for run_dir, command in RUNS.items():  # what is compared bit by bit is in both cases a process of its own
+        start = run if run_dir in ("scratch", "teacher0", "student", "xtra", "again") else run_here
+        said[run_dir] = start(folder, command, run_dir)
+    return folder, said
 
 
 def scalars(run_dir, key):
