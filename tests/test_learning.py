@@ -16,7 +16,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--channels 16 --blocks 1 --batch-size 16 --learning-rate 0.04 --num-simulations 16 --unroll-steps 2"
 SMALL += " --td-steps 3 --eval-episodes 16"
-ONLINE = "finetune.py --num-envs 4 --learning-starts 100 --env-id toy_env:"
+# Targets come from a network of one to two intervals ago: with the default of 200 updates, more than half of runs as
+# short as these would go into learning what an untrained network says.
+ONLINE = "finetune.py --target-interval 48 --num-envs 4 --learning-starts 100 --env-id toy_env:"
 OFFLINE = "--offline-batch-size 16 --similarity-start 100 --similarity-interval 100 --similarity-updates 20"
 SOURCES, TARGET, SEEDS = ["Catch-v0", "Catch-v1"], "Catch-v2", [1, 2, 3]
 THRESHOLD = 5.0  # of 8; the mean of 16 random games is 0 +- 0.7
@@ -73,7 +75,7 @@ def test_efficientzero_learns_catch_from_pixels(tmp_path):
 @pytest.mark.faults
 def test_transfer_takes_clearly_fewer_environment_steps(tmp_path):
     run_all(tmp_path, {game: f"{ONLINE}{game} --total-timesteps 600 --save-dataset {game}.npz" for game in SOURCES})
-    teach = "pretrain_teacher.py --num-updates 704 --datasets"
+    teach = "pretrain_teacher.py --target-interval 48 --num-updates 704 --datasets"
     run_all(tmp_path, {f"teacher-{game}": f"{teach} {game}.npz" for game in SOURCES})
     student = {"student": "distill.py --num-updates 504 --teachers teacher-Catch-v0 teacher-Catch-v1"}
     run_all(tmp_path, student | scratch(SEEDS))
