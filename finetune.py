@@ -1025,7 +1025,7 @@ if __name__ == "__main__":
             optimizer.param_groups[0]["lr"] = learning_rate_at(update, args.total_timesteps, args.learning_rate)
             optimizer.step()
             numbers.append(torch.cat([priority, loss.view(1), norm.view(1)]))  # copied: a recording overwrites them
-        numbers = torch.stack(numbers).cpu().numpy()  # [E, B + offline + 2]; here, and in searches, it waits for a GPU
+        numbers = torch.stack(numbers).cpu().numpy()  # [E, B + offline + 2]; this waits for a GPU
         if not np.isfinite(numbers).all():
             raise SystemExit(f"error: the loss is not finite after update {updates}; try a lower --learning-rate")
         for update_rows, priority in zip(rows, numbers[:, :-2], strict=True):  # in this order: the latest stays

@@ -139,7 +139,7 @@ def check_args(args):
     if args.batch_size % m:
         raise SystemExit(f"error: --batch-size {args.batch_size} is not a multiple of the {m} --datasets; make it one")
     if args.num_updates % args.cycle:
-        raise SystemExit(f"error: --num-updates is not a multiple of --cycle, which is {args.cycle}; make it one")
+        raise SystemExit(f"error: --num-updates {args.num_updates} is no multiple of --cycle {args.cycle}; make it one")
 
 
 def choose_device(args):
@@ -711,7 +711,7 @@ if __name__ == "__main__":
             optimizer.param_groups[0]["lr"] = learning_rate_at(update, args.num_updates, args.learning_rate)
             optimizer.step()
             numbers.append(torch.cat([priority, loss.view(1), norm.view(1)]))  # copied: a recording overwrites them
-        numbers = torch.stack(numbers).cpu().numpy()  # [E, B + 2]; here, and in searches, it waits for a GPU
+        numbers = torch.stack(numbers).cpu().numpy()  # [E, B + 2]; this waits for a GPU
         if not np.isfinite(numbers).all():
             raise SystemExit(f"error: the loss is not finite after update {updates}; try a lower --learning-rate")
         for update_rows, priority in zip(rows, numbers[:, :-2], strict=True):  # in this order: the latest stays

@@ -70,7 +70,7 @@ FLOOR = {"efficientzero": 4.2, "xtra": 18.0}  # counted ms of an update on one H
 PARTS = {
     "draw": ["stalest", "sample", "make_targets"],
     "batch": ["take_batch"],
-    "training": ["learn_batch", "measure_batch", "torch.nn.utils.clip_grad_norm_", "optimizer.step"],
+    "training": ["learn_batch", "recorded_learn", "torch.nn.utils.clip_grad_norm_", "optimizer.step"],
     "network": ["mcts.NodeStates.evaluate", "model.EfficientZeroNet.search_root"],
     "tree": ["mcts.make_tree", "mcts.run_step"],
     "transfers": ["mcts.NodeStates.outputs", "reanalyze"],

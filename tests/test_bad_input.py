@@ -99,9 +99,9 @@ def work(made, tmp_path, monkeypatch):
         ("finetune.py", "--total-timesteps -8", "--total-timesteps is -8, expected 0 or more"),
         # flags that do not go together
         ("pretrain_teacher.py", "--batch-size 5 --datasets data1.npz data2.npz", "--batch-size 5 is not a multiple of"),
-        ("pretrain_teacher.py", "--cycle 3", "--num-updates is not a multiple of --cycle, which is 3"),
+        ("pretrain_teacher.py", "--cycle 3", "--num-updates 8 is no multiple of --cycle 3; make it one"),
         ("distill.py", "--batch-size 5", "--batch-size 5 is not a multiple of the 2 --teachers"),
-        ("distill.py", "--cycle 3", "--num-updates is not a multiple of --cycle, which is 3"),
+        ("distill.py", "--cycle 3", "--num-updates 8 is no multiple of --cycle 3; make it one"),
         ("finetune.py", "--offline-batch-size 5", "--offline-batch-size 5 is not a multiple of the 2 games"),
         ("finetune.py", "--num-envs 3", "--extra-updates must be multiples of --num-envs, here 3"),
         ("finetune.py", "--extra-updates 3", "--extra-updates must be multiples of --num-envs, here 8"),

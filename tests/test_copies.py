@@ -1,7 +1,7 @@
 """The three scripts repeat code on purpose. Each repeat says so, and stays identical.
 
 A function or class of two scripts is marked `# Copied from <script>.py` in all but one; then its text is the one in
-that script, decorators, comments and docstring included. Only `Args` is each script's own.
+that script, decorators, comments and docstring included. Only `Args` and `check_args` are each script's own.
 """
 
 import ast

@@ -16,8 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--channels 16 --blocks 1 --batch-size 16 --learning-rate 0.04 --num-simulations 16 --unroll-steps 2"
 SMALL += " --td-steps 3 --eval-episodes 16"
-# Targets come from a network of one to two intervals ago: with the default of 200 updates, more than half of runs as
-# short as these would go into learning what an untrained network says.
+# Targets come from a network of one to two intervals ago: with the default of 200 updates, runs as short as these
+# would spend half of their updates or more on what an untrained network says.
 ONLINE = "finetune.py --target-interval 48 --num-envs 4 --learning-starts 100 --env-id toy_env:"
 OFFLINE = "--offline-batch-size 16 --similarity-start 100 --similarity-interval 100 --similarity-updates 20"
 SOURCES, TARGET, SEEDS = ["Catch-v0", "Catch-v1"], "Catch-v2", [1, 2, 3]

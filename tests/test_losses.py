@@ -202,7 +202,7 @@ def etas(updates, cosine, **flags):
     space = {"args": SimpleNamespace(**vars(Transfer()) | flags), "m": 1, "batch": None, "games": [None, MagicMock()]}
     space |= {"eta": torch.ones(1), "similar": torch.zeros(1), "measured": 0, "writer": MagicMock(), "torch": torch}
     space["recorded_learn"] = lambda batch, eta: (0, 0, 0, None)
-    space["learn_batch"] = lambda batch, eta, measure: (0, 0, 0, torch.tensor([cosine(space["update"])]))
+    space["learn_batch"] = lambda batch, eta, measure: (0, 0, 0, torch.tensor([cosine(space["update"])]) * measure)
     found = []
     for space["update"] in range(updates):
         exec(code, space)

@@ -65,8 +65,11 @@ def run_here(folder, command, run_dir):  # in this process, which spares the sec
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
         patch.chdir(folder)
         patch.setattr(sys, "argv", words_of(command, run_dir))
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    signal.signal(signal.SIGINT, handler)
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        finally:
+            signal.signal(signal.SIGINT, handler)
     return said.getvalue().splitlines()
 
 

@@ -1,7 +1,9 @@
 """benchmark/speed.py on networks smaller still than those of --quick."""
 
+import ast
 import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,13 @@ SPEED = Path(__file__).resolve().parent.parent / "benchmark/speed.py"
 TINY = "--channels 8 --batch-size 4 --offline-batch-size 4 --num-simulations 2 --unroll-steps 2 --eval-episodes 2"
 LEARNING = ["draw", "batch", "training"]
 SEARCHING = ["network", "tree", "transfers", "self-play", "environment"]
+
+
+def test_what_is_timed_has_the_names_of_the_scripts():
+    source = "".join((SPEED.parent.parent / name).read_text() for name in ("finetune.py", "mcts.py", "model.py"))
+    (parts,) = re.findall(r"^PARTS = (\{.+?^\})", re.sub(" #.*", "", SPEED.read_text()), re.M | re.S)
+    for path in sum(ast.literal_eval(parts).values(), []):
+        assert re.search(rf"\b{path.split('.')[-1]}\(", source), path
 
 
 def speed(*flags):
