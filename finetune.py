@@ -863,7 +863,7 @@ if __name__ == "__main__":
     if args.freeze_representation:
         net.representation.requires_grad_(False).eval()  # its batch norm statistics stay too
     parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(parameters, 0.0, args.momentum, weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
     generator = torch.Generator(device).manual_seed(args.seed)  # augmentation
     record = model.Recorded if args.cudagraphs else None
     options = {"discount": args.gamma, "c_init": args.c_init, "record": record}

@@ -130,14 +130,13 @@ def check_numbers(args, may_be_zero):
         raise SystemExit("error: --resume needs the --run-dir that it is to continue; give both")
 
 
-def check_args(args):
-    """Exits with one line if the flags do not fit together."""
-    check_numbers(args, may_be_zero=("seed",))
-    m = len(args.datasets)
+def check_games(args, flag, expected):
+    """Exits with one line if `--flag` names no game, or if games or cycles do not divide what they are to share."""
+    m = len(getattr(args, flag))
     if m == 0:
-        raise SystemExit("error: --datasets is empty, expected dataset files; finetune.py --save-dataset writes one")
+        raise SystemExit(f"error: --{flag} is empty, expected {expected}")
     if args.batch_size % m:
-        raise SystemExit(f"error: --batch-size {args.batch_size} is not a multiple of the {m} --datasets; make it one")
+        raise SystemExit(f"error: --batch-size {args.batch_size} is not a multiple of the {m} --{flag}; make it one")
     if args.num_updates % args.cycle:
         raise SystemExit(f"error: --num-updates {args.num_updates} is no multiple of --cycle {args.cycle}; make it one")
 
@@ -597,7 +596,8 @@ def log_search(writer, result, updates):
 
 if __name__ == "__main__":
     args = flat(tyro.cli(Args, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))
-    check_args(args)
+    check_numbers(args, may_be_zero=("seed",))
+    check_games(args, "datasets", expected="dataset files; finetune.py --save-dataset writes one")
     E = args.cycle
     m = len(args.datasets)
 
@@ -619,7 +619,7 @@ if __name__ == "__main__":
     config = model.ModelConfig.of_width(args.channels, args.blocks)
     net = model.EfficientZeroNet(config).to(device, memory_format=torch.channels_last).train()
     parameters = list(net.parameters())
-    optimizer = torch.optim.SGD(parameters, 0.0, args.momentum, weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
     record = model.Recorded if args.cudagraphs else None
     options = {"discount": args.gamma, "c_init": args.c_init, "record": record}
     options |= {"dirichlet_alpha": args.dirichlet_alpha, "noise_fraction": args.dirichlet_fraction}

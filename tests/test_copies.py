@@ -1,7 +1,7 @@
 """The three scripts repeat code on purpose. Each repeat says so, and stays identical.
 
 A function or class of two scripts is marked `# Copied from <script>.py` in all but one; then its text is the one in
-that script, decorators, comments and docstring included. Only `Args` and `check_args` are each script's own.
+that script, decorators, comments and docstring included. Only `Args` is each script's own.
 """
 
 import ast
@@ -18,7 +18,7 @@ def definitions(text):
     """(name, text, script named by the mark above it or None) of each function and class at the top level."""
     lines = text.splitlines()
     for node in ast.parse(text).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in ("Args", "check_args"):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name != "Args":
             first = min([node.lineno] + [decorator.lineno for decorator in node.decorator_list])  # 1-based
             mark = re.fullmatch(r"# Copied from (\w+\.py)", lines[first - 2])
             yield node.name, "\n".join(lines[first - 1 : node.end_lineno]), mark and mark[1]
