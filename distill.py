@@ -50,6 +50,8 @@ class Training:
     policy_coef: float = 1.0  # weight of the policy, which the prediction network f learns from searches
     value_coef: float = 0.25  # weight of the value, which f predicts too
     consistency_coef: float = 2.0  # weight of the likeness of latents predicted by g and encoded by h
+    step_statistics: bool = True  # whether searches use batch norm statistics of each unroll step; released code: no
+    action_gain: float = 30.0  # factor on the initial weights of the model g for the action; released code: 1
 
 
 # Copied from pretrain_teacher.py
@@ -485,6 +487,7 @@ def unroll_loss(net, batch, coefficients):
     support = net.config.support
     latent, policy_logits, value_logits = net.initial_inference(batch.obs)
     lstm_state = net.initial_lstm_state(B, latent)
+    step = torch.zeros(1, dtype=torch.int64, device=latent.device)
     priority = (model.support_to_scalar(value_logits.detach()) - batch.value[:, 0]).abs() + 1e-6
     value_code = model.scalar_to_support(batch.value, support)  # [B, K+1, S]
     prefix_code = model.scalar_to_support(batch.value_prefix, support)  # [B, K, S]
@@ -493,8 +496,9 @@ def unroll_loss(net, batch, coefficients):
     prefix_loss = torch.zeros_like(value_loss)
     consistency_loss = torch.zeros_like(value_loss)
     for k in range(1, K + 1):
+        step = step + 1  # k, where the network is
         latent, lstm_state, prefix_logits, policy_logits, value_logits = net.recurrent_inference(
-            latent, batch.action[:, k - 1], lstm_state
+            latent, batch.action[:, k - 1], lstm_state, step
         )
         # Before the call without gradients: autocast caches the weights that it casts. Cast there first, they would be
         # used here too, and the projector would get no gradient.
@@ -517,7 +521,7 @@ def unroll_loss(net, batch, coefficients):
 
 def cloning_loss(net, batch, coefficients):
     """Behaviour cloning: `-log p(a_t | o_t)` with no model and no value; returns as `unroll_loss`."""
-    policy_logits = net.prediction(net.representation(batch.obs))[0]
+    policy_logits = net.initial_inference(batch.obs)[1]
     loss = F.cross_entropy(policy_logits.float(), batch.action[:, 0], reduction="none")  # [B]
     return coefficients["policy"] * loss, {"policy": loss}, torch.ones_like(loss)
 
@@ -609,7 +613,8 @@ if __name__ == "__main__":
     env_ids = [game.env_id for game in games]
 
     # agent setup
-    config = model.ModelConfig.of_width(args.channels, args.blocks)
+    norm_steps = args.unroll_steps if args.step_statistics else 0
+    config = model.ModelConfig.of_width(args.channels, args.blocks, norm_steps=norm_steps, action_gain=args.action_gain)
     net = model.EfficientZeroNet(config).to(device, memory_format=torch.channels_last).train()
     parameters = list(net.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)

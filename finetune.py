@@ -51,6 +51,8 @@ class Training:
     policy_coef: float = 1.0  # weight of the policy, which the prediction network f learns from searches
     value_coef: float = 0.25  # weight of the value, which f predicts too
     consistency_coef: float = 2.0  # weight of the likeness of latents predicted by g and encoded by h
+    step_statistics: bool = True  # whether searches use batch norm statistics of each unroll step; released code: no
+    action_gain: float = 30.0  # factor on the initial weights of the model g for the action; released code: 1
 
 
 # Copied from pretrain_teacher.py
@@ -653,6 +655,7 @@ def unroll_loss(net, batch, coefficients):
     support = net.config.support
     latent, policy_logits, value_logits = net.initial_inference(batch.obs)
     lstm_state = net.initial_lstm_state(B, latent)
+    step = torch.zeros(1, dtype=torch.int64, device=latent.device)
     priority = (model.support_to_scalar(value_logits.detach()) - batch.value[:, 0]).abs() + 1e-6
     value_code = model.scalar_to_support(batch.value, support)  # [B, K+1, S]
     prefix_code = model.scalar_to_support(batch.value_prefix, support)  # [B, K, S]
@@ -661,8 +664,9 @@ def unroll_loss(net, batch, coefficients):
     prefix_loss = torch.zeros_like(value_loss)
     consistency_loss = torch.zeros_like(value_loss)
     for k in range(1, K + 1):
+        step = step + 1  # k, where the network is
         latent, lstm_state, prefix_logits, policy_logits, value_logits = net.recurrent_inference(
-            latent, batch.action[:, k - 1], lstm_state
+            latent, batch.action[:, k - 1], lstm_state, step
         )
         # Before the call without gradients: autocast caches the weights that it casts. Cast there first, they would be
         # used here too, and the projector would get no gradient.
@@ -790,6 +794,39 @@ def log_search(writer, result, updates):
     writer.add_scalar("search/max_depth", result.depth.max(), updates)
 
 
+# Copied from pretrain_teacher.py
+def log_diagnostics(writer, search, replay, game, renewed, args, updates, suffix=""):
+    """How well the network that searches predicts what happened in up to 512 of the newest steps of a game, and how old
+    the targets are. renewed: number of the last search before the target network changed, as in `Replay.turn`."""
+    stored = game.rows.start + np.flatnonzero(replay.acted[game.rows])
+    rows = stored[np.argsort(replay.stored_at[stored], kind="stable")[-512:]]
+    # The returns are those of up to 50 steps: what the targets would be without most of the bootstrap.
+    rng = np.random.default_rng(0)
+    happened = make_targets(replay, rows[None], 50, args.unroll_steps, args.gamma, args.clip_rewards, rng)
+    happened = {name: x[0] for name, x in happened.items()}
+    obs = stack_frames(replay, rows).to(next(search.net.parameters()).device)
+    predicted = search.predict(obs, happened["action"], game.legal)
+    for name, first in (("value", 0), ("value_prefix", 1)):  # steps 0 to K, steps 1 to K
+        for k in range(first, args.unroll_steps + 1):
+            true = happened["mask"][:, k] > 0
+            target = happened[name][true, k - first]
+            error = target - getattr(predicted, name)[true, k - first]
+            explained = 1 - error.var() / target.var() if target.any() and target.var() else 0.0
+            writer.add_scalar(f"diagnostics/explained_variance_{name}/{k}{suffix}", explained, updates)
+    # Where the actions differ: does one that looks better than the policy's mean pay more than the value says?
+    spread = np.ptp(predicted.q[:, game.legal], axis=1)
+    differ = spread >= np.median(spread)
+    taken = predicted.q[np.arange(len(rows)), replay.action[rows]]
+    advantage = taken - (replay.policy[rows] * predicted.q).sum(axis=1)
+    surplus = happened["value"][:, 0] - predicted.value[:, 0]
+    ranks = [x[differ].argsort().argsort() for x in (advantage, surplus)]
+    writer.add_scalar(f"diagnostics/rank_agreement{suffix}", np.corrcoef(ranks)[0, 1], updates)
+    for name, policy in (("policy", predicted.prior), ("search", replay.policy[rows])):
+        entropy = -(policy * np.log(policy + 1e-12)).sum(axis=1)  # [n]
+        writer.add_scalar(f"diagnostics/entropy_{name}{suffix}", entropy.mean(), updates)
+    writer.add_scalar(f"diagnostics/old_targets{suffix}", (replay.turn[stored] <= renewed).mean(), updates)
+
+
 def save_gif(path, frames):
     """Writes a list of uint8 frames [96, 96, 3] as a gif of 15 frames a second, three times as large."""
     images = [Image.fromarray(frame).resize((288, 288), Image.NEAREST) for frame in frames]
@@ -811,14 +848,20 @@ def load_networks(args):
 
     --pretrained loads all of it, or with --transfer hg only h and g, with h only h; the rest starts at random.
     """
+    norm_steps = args.unroll_steps if args.step_statistics else 0
     if args.pretrained is None:
-        config = model.ModelConfig.of_width(args.channels or 64, args.blocks or 1)
+        options = {"norm_steps": norm_steps, "action_gain": args.action_gain}
+        config = model.ModelConfig.of_width(args.channels or 64, args.blocks or 1, **options)
         return model.EfficientZeroNet(config), args.teachers
     pretrained, info = model.load_model(f"{args.pretrained}/model.pt")
     for name in ("channels", "blocks"):
         found, asked = getattr(pretrained.config, name), getattr(args, name)
         if asked not in (None, found):
             raise SystemExit(f"error: --{name} {asked}, but --pretrained {args.pretrained} has {found}; drop the flag")
+    if args.total_timesteps and norm_steps != pretrained.config.norm_steps:
+        found = f"batch norm statistics of {pretrained.config.norm_steps} unroll steps, this run has {norm_steps}"
+        hint = "give the --unroll-steps and --step-statistics of that run"
+        raise SystemExit(f"error: --pretrained {args.pretrained} has {found}; {hint}")
     teachers = [os.path.join(os.path.realpath(args.pretrained), folder) for folder in info.get("teachers", [])]
     if args.cross_task and args.total_timesteps and not (args.teachers or teachers):
         raise SystemExit(f"error: --pretrained {args.pretrained} names no teachers; give --teachers or --no-cross-task")
@@ -889,7 +932,7 @@ if __name__ == "__main__":
     # Evaluations have the seeds below 1000; ale-py takes 31 bits.
     play = start_games(args.env_id, replay, streams, seed=1000 * (1 + args.seed) % 2_000_000_000)
     random_steps = 0 if args.pretrained else args.learning_starts
-    updates = env_steps = 0
+    updates = env_steps = renewed = 0  # renewed: number of the last search before the target network changed
     eta = torch.ones(m, device=device)  # weight of each offline game: the share of `similar` in the last measurement
     similar = torch.zeros(m, device=device)  # in how many of the `measured` updates its gradient was similar
     measured = 0
@@ -913,7 +956,7 @@ if __name__ == "__main__":
             getattr(replay, name)[own] = checkpoint[name].numpy()
         replay.priority[:] = checkpoint["priority"].numpy()
         eta, similar = checkpoint["eta"].to(device), checkpoint["similar"].to(device)
-        measured = checkpoint["measured"]
+        measured, renewed = checkpoint["measured"], checkpoint["renewed"]
         updates, scores, evaluations = checkpoint["updates"], checkpoint["scores"], checkpoint["evaluations"]
 
     folders = [os.path.relpath(os.path.realpath(folder), os.path.realpath(run_dir)) for folder in teachers]
@@ -941,6 +984,7 @@ if __name__ == "__main__":
             checkpoint |= {"actions": torch.from_numpy(actions), "checksum": play.checksum.hexdigest()}
             checkpoint |= {"priority": torch.from_numpy(replay.priority)}
             checkpoint |= {"eta": eta, "similar": similar, "measured": measured, "datasets": checksums}
+            checkpoint["renewed"] = renewed
             checkpoint |= {"updates": updates, "scores": scores, "evaluations": evaluations}
             with model.whole_file(f"{run_dir}/checkpoint.pt") as file:  # a resumed run repeats the evaluation
                 torch.save(checkpoint, file)
@@ -950,6 +994,8 @@ if __name__ == "__main__":
             returns, lengths = evaluate(evaluator, args.env_id, args.eval_max_frames, movie)
             evaluations += log_evaluation(writer, args.env_id, env_steps, updates, returns, lengths)
             scores = {args.env_id: float(returns.mean())}
+            if updates > 0:  # before, nothing has been played
+                log_diagnostics(writer, evaluator, replay, games[0], renewed, args, updates)
             with model.whole_file(f"{run_dir}/evaluations.csv") as file:
                 file.write(evaluations.encode())
             model.save_model(f"{run_dir}/model.pt", net, **info, updates=updates, env_steps=env_steps, scores=scores)
@@ -987,6 +1033,7 @@ if __name__ == "__main__":
 
         # ALGO LOGIC: training.
         if due(args.target_interval):  # the target network is the network of one to two intervals ago
+            renewed = replay.turn.max()
             model.refresh(reanalyzer.net, next_target_net)
             model.refresh(next_target_net, net)
         stored = own.start + np.flatnonzero(replay.acted[own])  # not the newest: their policies are played next
@@ -1034,6 +1081,10 @@ if __name__ == "__main__":
         if due(log_every):
             writer.add_scalar("losses/loss", numbers[-1, -2], updates)
             writer.add_scalar("losses/gradient_norm", numbers[-1, -1], updates)
+            for network, part in net.named_children():  # of the gradient that was applied
+                gradients = [parameter.grad for parameter in part.parameters() if parameter.grad is not None]
+                total = torch.nn.utils.get_total_norm(gradients).item()
+                writer.add_scalar(f"losses/gradient_norm/{network}", total, updates)
             for name, term in terms.items():
                 for game, part in zip(games, term.split(sizes), strict=True):
                     suffix = "" if game is games[0] else f"/{game.env_id}"

@@ -313,7 +313,7 @@ class NodeStates:
         new_index = node * B + self.rows[:num_rows]
         latent = self.latents.index_select(0, index).permute(0, 3, 1, 2)  # [num_rows, C, H, W]
         lstm_state = self.h.index_select(0, index), self.c.index_select(0, index)
-        latent, (h, c), value_prefix, value, policy_logits = self.net.search_leaf(latent, action, lstm_state)
+        latent, (h, c), value_prefix, value, policy_logits = self.net.search_leaf(latent, action, lstm_state, depth)
         reset = (depth % VALUE_PREFIX_HORIZON == 0)[:, None]  # this node's children start a new value prefix
         self.latents.index_copy_(0, new_index, latent.permute(0, 2, 3, 1))
         self.h.index_copy_(0, new_index, h.masked_fill(reset, 0))
@@ -356,12 +356,19 @@ class SearchResult(NamedTuple):
     depth: np.ndarray  # [n] int32, of the deepest leaf
 
 
+class Prediction(NamedTuple):
+    value: np.ndarray  # [n, J + 1] float32, of the root and of the states that J actions lead to
+    value_prefix: np.ndarray  # [n, J] float32, of the same actions
+    q: np.ndarray  # [n, A] float32, reward + discount * value of each action at the root
+    prior: np.ndarray  # [n, A] float32, the network's own policy at the root, over the legal actions
+
+
 class Search:
     """Searches up to `capacity` roots with a frozen network (`net`, changed in place between searches).
 
     net: `search_root(obs) -> latent [n, C, H, W], value [n], policy_logits [n, A]`,
-      `search_leaf(latent, action [n] int64, (h, c)) -> latent, (h, c), value_prefix [n], value [n], policy_logits`, and
-      `initial_lstm_state(n, like) -> h, c`, the scalars already transformed back.
+      `search_leaf(latent, action [n] int64, (h, c), depth [n] int64) -> latent, (h, c), value_prefix [n], value [n],
+      policy_logits`, and `initial_lstm_state(n, like) -> h, c`, the scalars already transformed back.
     num_simulations: S; 0 stands for the network's own policy over the legal actions, without a search.
     record: what records and replays the evaluation of leaves on a GPU, `model.Recorded`; None: nothing.
     """
@@ -402,6 +409,32 @@ class Search:
             seeds = rng.integers(1, 2**63, n, dtype=np.uint64)
             visits, root_value, depth = self.run_simulations(latent, prior, legal, illegal, seeds)
         return SearchResult(visits / np.float32(self.num_simulations), value, root_value, depth)
+
+    @torch.no_grad()
+    def predict(self, obs, action, legal):
+        """What searches are told along given actions, for a comparison with what happened: obs uint8 [n, 12, 96, 96],
+        action int64 [n, J], legal bool [A] -> Prediction."""
+        action = torch.from_numpy(action).to(obs.device)
+        depth = torch.ones_like(action[:, 0])  # [n]
+        illegal = torch.from_numpy(~legal).to(obs.device)
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.is_cuda):
+            root, value, policy_logits = self.net.search_root(obs)
+            start = self.net.initial_lstm_state(len(obs), root)
+            q = []
+            for a in range(len(legal)):
+                _, _, reward, next_value, _ = self.net.search_leaf(root, a * depth, start, depth)
+                q.append(reward + self.discount * next_value)
+            values, prefixes = [value], []
+            latent, lstm_state = root, start
+            for j in range(action.shape[1]):
+                lstm_state = start if j % VALUE_PREFIX_HORIZON == 0 else lstm_state
+                leaf = self.net.search_leaf(latent, action[:, j], lstm_state, (j + 1) * depth)
+                latent, lstm_state, prefix, value, _ = leaf
+                prefixes.append(prefix)
+                values.append(value)
+            prior = torch.softmax(policy_logits.float().masked_fill(illegal, -torch.inf), dim=1)
+        stacked = [torch.stack(x, dim=1).float().cpu().numpy() for x in (values, prefixes, q)]
+        return Prediction(*stacked, prior.cpu().numpy())
 
     def run_simulations(self, latent, prior, legal, illegal, seeds):
         """The S simulations -> visits [n, A], root value [n], depth [n]. Large searches on a GPU run in two halves: the

@@ -14,6 +14,7 @@ code agrees with it, and the released code where not (docs/finetune.md lists eac
 import contextlib
 import copy
 import fcntl
+import functools
 import gc
 import os
 import pickle
@@ -28,8 +29,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+VALUE_PREFIX_HORIZON = 5  # steps between resets of the LSTM, as in mcts.py
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,14 @@ class ModelConfig:
     projector_out: int = 1024
     predictor_hidden: int = 512
     activation: str = "ReLU"  # a module of torch.nn
+    norm_steps: int = 5  # unroll steps whose batch norm statistics g and f keep apart; 0: one mixture of all steps
+    action_gain: float = 30.0  # factor on the initial weights of g for the action; 1: PyTorch's
 
     @classmethod
-    def of_width(cls, channels, blocks):
+    def of_width(cls, channels, blocks, **others):
         """The config of `--channels --blocks`: LSTM, projector and predictor scale with the channels (paper: 64)."""
         wide = {"projector_hidden": 16 * channels, "projector_out": 16 * channels}
-        return cls(channels, blocks, lstm_size=8 * channels, predictor_hidden=8 * channels, **wide)
+        return cls(channels, blocks, lstm_size=8 * channels, predictor_hidden=8 * channels, **wide, **others)
 
 
 # --- value transform and categorical support ---
@@ -120,23 +124,74 @@ def average_pool():
     return nn.Sequential(nn.ZeroPad2d(1), nn.AvgPool2d(3, stride=2))
 
 
+class StepNorm(nn.Module):
+    """Batch norm of g and f. It learns as any other, and keeps running statistics of each unroll step for searches.
+
+    g's latents drift as it unrolls. Learning normalises each step by its own batch; one running mean of all steps, as
+    in the released code, makes the network that searches another one than that which learned (docs/learning.md).
+    Statistics per step are those of Cooijmans et al. 2017, "Recurrent Batch Normalization".
+    """
+
+    def __init__(self, channels, steps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(steps + 1, channels))
+        self.register_buffer("running_var", torch.ones(steps + 1, channels))
+
+    def forward(self, x, step):
+        """x [B, C, ...]; step int64, [1] or in eval mode [B]: row of the statistics, of all samples or of each."""
+        if not self.training:
+            return ScaleAndShift(self)(x, step)
+        mean = self.running_mean.index_select(0, step).view(-1)
+        var = self.running_var.index_select(0, step).view(-1)
+        x = F.batch_norm(x, mean, var, self.weight, self.bias, training=True)  # moves mean and var too, by a tenth
+        self.running_mean.index_copy_(0, step, mean[None])
+        self.running_var.index_copy_(0, step, var[None])
+        return x
+
+
+class ScaleAndShift(nn.Module):
+    """What a `StepNorm` in eval mode computes: `scale[step] * x + shift[step]`, for each sample of a batch its own."""
+
+    def __init__(self, norm, eps=1e-5):
+        super().__init__()
+        scale = norm.weight * (norm.running_var + eps).rsqrt()  # [steps + 1, C]
+        shift = norm.bias - norm.running_mean * scale
+        self.table = nn.Parameter(torch.cat([scale, shift], dim=1))  # [steps + 1, 2 * C]
+
+    def forward(self, x, step):
+        scale, shift = self.table.index_select(0, step).to(x.dtype).chunk(2, dim=1)  # [B, C] each
+        shape = *scale.shape, *[1] * (x.dim() - 2)
+        return torch.addcmul(shift.view(shape), x, scale.view(shape))
+
+
+class Layers(nn.Sequential):
+    """With a forward of its own: torch.compile does not look into those of torch.nn. step: as in `StepNorm`."""
+
+    def forward(self, x, step=None):
+        for layer in self:
+            x = layer(x, step) if isinstance(layer, StepNorm | ScaleAndShift) else layer(x)
+        return x
+
+
 class ResidualBlock(nn.Module):
     """conv, BN, ReLU, conv, BN, + skip, ReLU. A strided block's skip is a strided 3x3 convolution without BN."""
 
-    def __init__(self, config, inputs, outputs, stride=1):
+    def __init__(self, config, inputs, outputs, stride=1, norm=nn.BatchNorm2d):
         super().__init__()
-        self.body = nn.Sequential(
+        self.body = Layers(
             conv3x3(inputs, outputs, stride),
-            nn.BatchNorm2d(outputs),
+            norm(outputs),
             activation(config),
             conv3x3(outputs, outputs),
-            nn.BatchNorm2d(outputs),
+            norm(outputs),
         )
         self.skip = nn.Identity() if stride == 1 else conv3x3(inputs, outputs, stride)
         self.activation = activation(config)
 
-    def forward(self, x):
-        return self.activation(self.body(x) + self.skip(x))
+    def forward(self, x, step=None):
+        return self.activation(self.body(x, step) + self.skip(x))
 
 
 class Float32Linear(nn.Linear):
@@ -151,7 +206,7 @@ class Float32Linear(nn.Linear):
 def conv1x1_flatten(config):
     """1x1 convolution: [B, C, 6, 6] -> [B, head_channels * 36]."""
     conv = nn.Conv2d(config.channels, config.head_channels, 1)
-    return nn.Sequential(conv, nn.BatchNorm2d(config.head_channels), activation(config), nn.Flatten())
+    return Layers(conv, StepNorm(config.head_channels, config.norm_steps), activation(config), nn.Flatten())
 
 
 def mlp(config, inputs, outputs):
@@ -161,7 +216,7 @@ def mlp(config, inputs, outputs):
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     first = nn.Linear(inputs, config.head_hidden)
-    return nn.Sequential(first, nn.BatchNorm1d(config.head_hidden), activation(config), last)
+    return Layers(first, StepNorm(config.head_hidden, config.norm_steps), activation(config), last)
 
 
 class RepresentationNetwork(nn.Module):
@@ -170,7 +225,7 @@ class RepresentationNetwork(nn.Module):
     def __init__(self, config):
         super().__init__()
         stem, c = config.channels // 2, config.channels
-        self.layers = nn.Sequential(
+        self.layers = Layers(
             conv3x3(3 * config.frames, stem, stride=2),  # [B, 12, 96, 96] -> [B, C/2, 48, 48]
             nn.BatchNorm2d(stem),
             activation(config),
@@ -196,48 +251,50 @@ class DynamicsNetwork(nn.Module):
     def __init__(self, config):
         super().__init__()
         c, lstm_size = config.channels, config.lstm_size
+        norm = functools.partial(StepNorm, steps=config.norm_steps)
         self.actions = config.actions
-        self.conv = nn.Sequential(conv3x3(c + 1, c), nn.BatchNorm2d(c))
+        self.norm_steps = config.norm_steps
+        self.conv = Layers(conv3x3(c + 1, c), norm(c))
+        # The action is one plane among C, and small. With the usual weights it is some percent of what leaves this
+        # layer: for hundreds of updates g predicts the same whatever the action, and a search has nothing to compare.
+        self.conv[0].weight.data[:, -1] *= config.action_gain
         self.activation = activation(config)
-        self.block = ResidualBlock(config, c, c)
+        self.block = ResidualBlock(config, c, c, norm=norm)
         self.reduce = conv1x1_flatten(config)
         self.lstm = nn.LSTMCell(config.head_channels * 36, lstm_size)
-        head = mlp(config, lstm_size, 2 * config.support + 1)
-        self.prefix_head = nn.Sequential(nn.BatchNorm1d(lstm_size), activation(config), *head)
+        self.prefix_head = Layers(norm(lstm_size), activation(config), *mlp(config, lstm_size, 2 * config.support + 1))
 
-    def forward(self, latent, action, lstm_state):
-        """latent [B, C, 6, 6], action [B] int64 ALE ids, lstm_state (h, c) each [B, L]
-        -> next latent, lstm_state, value prefix logits [B, S]."""
+    def forward(self, latent, action, lstm_state, step):
+        """latent [B, C, 6, 6], action [B] int64 ALE ids, lstm_state (h, c) each [B, L], step int64 [1] or [B]: of the
+        next latent, from 1 on -> next latent, lstm_state, value prefix logits [B, S]."""
+        prefix_step = ((step - 1) % VALUE_PREFIX_HORIZON + 1).clamp(max=self.norm_steps)  # since the LSTM's last reset
+        step = step.clamp(max=self.norm_steps)
         action_plane = (action.to(latent.dtype) / self.actions).view(-1, 1, 1, 1).expand(-1, 1, 6, 6)
         action_plane = action_plane.contiguous(memory_format=torch.channels_last)  # so that `cat` keeps its order
-        x = self.conv(torch.cat([latent, action_plane], dim=1))  # [B, C+1, 6, 6] -> [B, C, 6, 6]
+        x = self.conv(torch.cat([latent, action_plane], dim=1), step)  # [B, C+1, 6, 6] -> [B, C, 6, 6]
         # The scaling sits before every use of the new latent, the value prefix included: the reference's hook halves
         # the whole gradient that arrives there, so the step-k losses reach the root latent with a factor 0.5^k.
-        latent = scale_gradient(self.block(self.activation(x + latent)), 0.5)
-        lstm_state = self.lstm(self.reduce(latent), lstm_state)  # the carried state is the raw one, before BN
-        return latent, lstm_state, self.prefix_head(lstm_state[0])
+        latent = scale_gradient(self.block(self.activation(x + latent), step), 0.5)
+        lstm_state = self.lstm(self.reduce(latent, step), lstm_state)  # the carried state is the raw one, before BN
+        return latent, lstm_state, self.prefix_head(lstm_state[0], prefix_step)
 
 
 class PredictionNetwork(nn.Module):
-    """f: latent [B, C, 6, 6] -> policy logits [B, A] over the 18 ALE ids, value logits [B, S]."""
+    """f: latent [B, C, 6, 6], step int64 [1] or [B] -> policy logits [B, A] over the ALE ids, value logits [B, S]."""
 
     def __init__(self, config):
         super().__init__()
         inputs = config.head_channels * 36
-        self.block = ResidualBlock(config, config.channels, config.channels)
-        self.policy = nn.Sequential(*conv1x1_flatten(config), *mlp(config, inputs, config.actions))
-        self.value = nn.Sequential(*conv1x1_flatten(config), *mlp(config, inputs, 2 * config.support + 1))
+        norm = functools.partial(StepNorm, steps=config.norm_steps)
+        self.norm_steps = config.norm_steps
+        self.block = ResidualBlock(config, config.channels, config.channels, norm=norm)
+        self.policy = Layers(*conv1x1_flatten(config), *mlp(config, inputs, config.actions))
+        self.value = Layers(*conv1x1_flatten(config), *mlp(config, inputs, 2 * config.support + 1))
 
-    def forward(self, latent):
-        x = self.block(latent)
-        return self.policy(x), self.value(x)
-
-
-class Layers(nn.Sequential):
-    """With a forward of its own: torch.compile does not look into those of torch.nn."""
-
-    def forward(self, x):
-        return super().forward(x)
+    def forward(self, latent, step):
+        step = step.clamp(max=self.norm_steps)
+        x = self.block(latent, step)
+        return self.policy(x, step), self.value(x, step)
 
 
 class EfficientZeroNet(nn.Module):
@@ -262,22 +319,24 @@ class EfficientZeroNet(nn.Module):
     def initial_inference(self, obs):
         """obs [B, 12, 96, 96] -> latent [B, C, 6, 6], policy logits [B, A], value logits [B, S]."""
         latent = self.representation(obs)
-        return latent, *self.prediction(latent)
+        step = torch.zeros(1, dtype=torch.int64, device=obs.device)
+        return latent, *self.prediction(latent, step)
 
-    def recurrent_inference(self, latent, action, lstm_state):
-        """latent, action [B], (h, c) -> latent, (h, c), prefix logits [B, S], policy logits [B, A], value logits."""
-        latent, lstm_state, prefix_logits = self.dynamics(latent, action, lstm_state)
-        return latent, lstm_state, prefix_logits, *self.prediction(latent)
+    def recurrent_inference(self, latent, action, lstm_state, step):
+        """latent, action [B], (h, c), step of the next latent (as in `DynamicsNetwork`)
+        -> latent, (h, c), prefix logits [B, S], policy logits [B, A], value logits [B, S]."""
+        latent, lstm_state, prefix_logits = self.dynamics(latent, action, lstm_state, step)
+        return latent, lstm_state, prefix_logits, *self.prediction(latent, step)
 
     def search_root(self, obs):
         """What a search asks about a root: obs -> latent, value [B] as a scalar, policy logits [B, A]."""
         latent, policy_logits, value_logits = self.initial_inference(obs)
         return latent, support_to_scalar(value_logits), policy_logits
 
-    def search_leaf(self, latent, action, lstm_state):
+    def search_leaf(self, latent, action, lstm_state, depth):
         """What a search asks about a leaf -> latent, (h, c), value prefix and value as scalars [B], policy logits."""
         latent, lstm_state, prefix_logits, policy_logits, value_logits = self.recurrent_inference(
-            latent, action, lstm_state
+            latent, action, lstm_state, depth
         )
         return latent, lstm_state, support_to_scalar(prefix_logits), support_to_scalar(value_logits), policy_logits
 
@@ -293,22 +352,26 @@ def scale_gradient(x, factor):
 
 
 def inference_copy(net):
-    """A frozen copy in eval mode with each batch norm folded into the convolution or linear layer before it.
+    """A frozen copy in eval mode: h's batch norms are folded into the convolutions before them, those of g and f become
+    one multiplication and addition.
 
-    Same outputs to float rounding, half the kernels; searches call this one. On a GPU its weights are cast to bf16
+    Same outputs to float rounding, fewer kernels; searches call this one. On a GPU its weights are cast to bf16
     here, once, and not by autocast in each call. The copy does not follow `net` (`refresh` makes it), and has no
     projector and predictor.
     """
     net = copy.deepcopy(net).eval()
     net.projector = net.predictor = None
-    for layers in [module for module in net.modules() if isinstance(module, nn.Sequential)]:
-        for i in range(len(layers) - 1):
-            fuse = {nn.Conv2d: fuse_conv_bn_eval, nn.Linear: fuse_linear_bn_eval}.get(type(layers[i]))
-            if fuse and isinstance(layers[i + 1], _BatchNorm):
-                layers[i] = fuse(layers[i], layers[i + 1])
-                layers[i + 1] = nn.Identity()
+    for layers in [module for module in net.modules() if isinstance(module, Layers)]:
+        for i, layer in enumerate(layers):
+            if isinstance(layer, nn.BatchNorm2d):
+                layers[i - 1] = fuse_conv_bn_eval(layers[i - 1], layer)
+                layers[i] = nn.Identity()
+            if isinstance(layer, StepNorm):
+                layers[i] = ScaleAndShift(layer)
     for layer in net.modules():
-        if type(layer) in (nn.Conv2d, nn.Linear, nn.LSTMCell) and next(layer.parameters()).is_cuda:
+        if isinstance(layer, nn.ReLU):
+            layer.inplace = True  # of a layer's own output, always: one array less to fill
+        if type(layer) in (nn.Conv2d, nn.Linear, nn.LSTMCell, ScaleAndShift) and next(layer.parameters()).is_cuda:
             layer.to(torch.bfloat16)
     return net.requires_grad_(False)
 

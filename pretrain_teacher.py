@@ -48,6 +48,8 @@ class Training:
     policy_coef: float = 1.0  # weight of the policy, which the prediction network f learns from searches
     value_coef: float = 0.25  # weight of the value, which f predicts too
     consistency_coef: float = 2.0  # weight of the likeness of latents predicted by g and encoded by h
+    step_statistics: bool = True  # whether searches use batch norm statistics of each unroll step; released code: no
+    action_gain: float = 30.0  # factor on the initial weights of the model g for the action; released code: 1
 
 
 @dataclass
@@ -495,6 +497,7 @@ def unroll_loss(net, batch, coefficients):
     support = net.config.support
     latent, policy_logits, value_logits = net.initial_inference(batch.obs)
     lstm_state = net.initial_lstm_state(B, latent)
+    step = torch.zeros(1, dtype=torch.int64, device=latent.device)
     priority = (model.support_to_scalar(value_logits.detach()) - batch.value[:, 0]).abs() + 1e-6
     value_code = model.scalar_to_support(batch.value, support)  # [B, K+1, S]
     prefix_code = model.scalar_to_support(batch.value_prefix, support)  # [B, K, S]
@@ -503,8 +506,9 @@ def unroll_loss(net, batch, coefficients):
     prefix_loss = torch.zeros_like(value_loss)
     consistency_loss = torch.zeros_like(value_loss)
     for k in range(1, K + 1):
+        step = step + 1  # k, where the network is
         latent, lstm_state, prefix_logits, policy_logits, value_logits = net.recurrent_inference(
-            latent, batch.action[:, k - 1], lstm_state
+            latent, batch.action[:, k - 1], lstm_state, step
         )
         # Before the call without gradients: autocast caches the weights that it casts. Cast there first, they would be
         # used here too, and the projector would get no gradient.
@@ -594,6 +598,38 @@ def log_search(writer, result, updates):
     writer.add_scalar("search/max_depth", result.depth.max(), updates)
 
 
+def log_diagnostics(writer, search, replay, game, renewed, args, updates, suffix=""):
+    """How well the network that searches predicts what happened in up to 512 of the newest steps of a game, and how old
+    the targets are. renewed: number of the last search before the target network changed, as in `Replay.turn`."""
+    stored = game.rows.start + np.flatnonzero(replay.acted[game.rows])
+    rows = stored[np.argsort(replay.stored_at[stored], kind="stable")[-512:]]
+    # The returns are those of up to 50 steps: what the targets would be without most of the bootstrap.
+    rng = np.random.default_rng(0)
+    happened = make_targets(replay, rows[None], 50, args.unroll_steps, args.gamma, args.clip_rewards, rng)
+    happened = {name: x[0] for name, x in happened.items()}
+    obs = stack_frames(replay, rows).to(next(search.net.parameters()).device)
+    predicted = search.predict(obs, happened["action"], game.legal)
+    for name, first in (("value", 0), ("value_prefix", 1)):  # steps 0 to K, steps 1 to K
+        for k in range(first, args.unroll_steps + 1):
+            true = happened["mask"][:, k] > 0
+            target = happened[name][true, k - first]
+            error = target - getattr(predicted, name)[true, k - first]
+            explained = 1 - error.var() / target.var() if target.any() and target.var() else 0.0
+            writer.add_scalar(f"diagnostics/explained_variance_{name}/{k}{suffix}", explained, updates)
+    # Where the actions differ: does one that looks better than the policy's mean pay more than the value says?
+    spread = np.ptp(predicted.q[:, game.legal], axis=1)
+    differ = spread >= np.median(spread)
+    taken = predicted.q[np.arange(len(rows)), replay.action[rows]]
+    advantage = taken - (replay.policy[rows] * predicted.q).sum(axis=1)
+    surplus = happened["value"][:, 0] - predicted.value[:, 0]
+    ranks = [x[differ].argsort().argsort() for x in (advantage, surplus)]
+    writer.add_scalar(f"diagnostics/rank_agreement{suffix}", np.corrcoef(ranks)[0, 1], updates)
+    for name, policy in (("policy", predicted.prior), ("search", replay.policy[rows])):
+        entropy = -(policy * np.log(policy + 1e-12)).sum(axis=1)  # [n]
+        writer.add_scalar(f"diagnostics/entropy_{name}{suffix}", entropy.mean(), updates)
+    writer.add_scalar(f"diagnostics/old_targets{suffix}", (replay.turn[stored] <= renewed).mean(), updates)
+
+
 if __name__ == "__main__":
     args = flat(tyro.cli(Args, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))
     check_numbers(args, may_be_zero=("seed",))
@@ -616,7 +652,8 @@ if __name__ == "__main__":
     quota = math.ceil(E * sizes[0] * (args.unroll_steps + 1) / args.reanalyze_reuse)  # of a game, searched in a cycle
 
     # agent setup
-    config = model.ModelConfig.of_width(args.channels, args.blocks)
+    norm_steps = args.unroll_steps if args.step_statistics else 0
+    config = model.ModelConfig.of_width(args.channels, args.blocks, norm_steps=norm_steps, action_gain=args.action_gain)
     net = model.EfficientZeroNet(config).to(device, memory_format=torch.channels_last).train()
     parameters = list(net.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
@@ -638,7 +675,7 @@ if __name__ == "__main__":
     run_name = f"{'+'.join(env_ids).replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = args.run_dir or f"runs/{run_name}"
     lock, checkpoint = model.open_run(args, run_dir, MAY_CHANGE)  # the lock is held until this process ends
-    updates = 0
+    updates = renewed = 0  # renewed: number of the last search before the target network changed
     scores = {}  # mean return of the last evaluation
     evaluations = "env_steps,updates,episode,return,length,env_id\n"
     learners = {"net": net, "target": reanalyzer.net, "next_target": next_target_net, "optimizer": optimizer}
@@ -652,6 +689,7 @@ if __name__ == "__main__":
         for name in ("priority", "policy", "value", "turn", "uses"):
             getattr(replay, name)[:] = checkpoint[name].numpy()
         updates, scores, evaluations = checkpoint["updates"], checkpoint["scores"], checkpoint["evaluations"]
+        renewed = checkpoint["renewed"]
 
     def due(every):  # whether a multiple of `every` came since the last cycle
         return updates % every < E
@@ -672,15 +710,18 @@ if __name__ == "__main__":
             for name in ("priority", "policy", "value", "turn", "uses"):
                 checkpoint[name] = torch.from_numpy(getattr(replay, name))
             checkpoint |= {"updates": updates, "scores": scores, "evaluations": evaluations, "datasets": checksums}
+            checkpoint["renewed"] = renewed
             with model.whole_file(f"{run_dir}/checkpoint.pt") as file:  # a resumed run repeats the evaluation
                 torch.save(checkpoint, file)
         if evaluating:
             model.refresh(evaluator.net, net)
-            for env_id in env_ids:
-                returns, lengths = evaluate(evaluator, env_id, args.eval_max_frames)
-                suffix = f"/{env_id}" if m > 1 else ""
-                evaluations += log_evaluation(writer, env_id, 0, updates, returns, lengths, suffix)
-                scores = scores | {env_id: float(returns.mean())}
+            for game in games:
+                returns, lengths = evaluate(evaluator, game.env_id, args.eval_max_frames)
+                suffix = f"/{game.env_id}" if m > 1 else ""
+                evaluations += log_evaluation(writer, game.env_id, 0, updates, returns, lengths, suffix)
+                scores = scores | {game.env_id: float(returns.mean())}
+                if updates > 0:  # before, nothing has been searched
+                    log_diagnostics(writer, evaluator, replay, game, renewed, args, updates, suffix)
             with model.whole_file(f"{run_dir}/evaluations.csv") as file:
                 file.write(evaluations.encode())
             info = {"args": vars(args), "env_ids": env_ids}
@@ -690,6 +731,7 @@ if __name__ == "__main__":
 
         # ALGO LOGIC: training.
         if due(args.target_interval):  # the target network is the network of one to two intervals ago
+            renewed = replay.turn.max()
             model.refresh(reanalyzer.net, next_target_net)
             model.refresh(next_target_net, net)
         for game in games:
@@ -720,6 +762,10 @@ if __name__ == "__main__":
         if due(log_every):
             writer.add_scalar("losses/loss", numbers[-1, -2], updates)
             writer.add_scalar("losses/gradient_norm", numbers[-1, -1], updates)
+            for network, part in net.named_children():  # of the gradient that was applied
+                gradients = [parameter.grad for parameter in part.parameters() if parameter.grad is not None]
+                total = torch.nn.utils.get_total_norm(gradients).item()
+                writer.add_scalar(f"losses/gradient_norm/{network}", total, updates)
             for name, term in terms.items():
                 writer.add_scalar(f"losses/{name}_loss", term.mean().item(), updates)
             writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], updates)

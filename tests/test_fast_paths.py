@@ -53,7 +53,7 @@ def test_a_search_in_bfloat16_is_close_to_float32(device):
         net.search_root = lambda x: type(net).search_root(net, x.as_subclass(torch.Tensor))
         obs = obs.as_subclass(OnGpu)
     found = mcts.Search(net, 10, 16)(obs.to(device), LEGAL, np.random.default_rng(0), True)
-    assert 0 < np.abs(found.value - expected.value).max() < 0.1
+    assert 0 < np.abs(found.value / expected.value - 1).max() < 0.03  # bfloat16 has steps of 0.004
     assert np.abs(found.policy - expected.policy).sum(1).mean() < 0.4  # of 2; another network's is 1.5
 
 

@@ -114,7 +114,7 @@ class World:
         self.value = torch.randn(self.M, generator=g)
         self.logits = 2 * torch.randn(self.M, A, generator=g)
         self.prefix = torch.randn(self.M, 6, generator=g)  # by h, and by c, the steps since the LSTM's last reset
-        self.asked = []  # action and c of each call of `search_leaf`
+        self.asked = []  # action, c and depth of each call of `search_leaf`
 
     def encode(self, state):
         """[n] -> [n, 2, 2, 3]; another order of channels, height and width would be another state."""
@@ -126,9 +126,9 @@ class World:
     def search_root(self, obs):
         return self.encode(obs), self.value[obs], self.logits[obs]
 
-    def search_leaf(self, latent, action, lstm_state):
+    def search_leaf(self, latent, action, lstm_state, depth):
         h, c = [x.nan_to_num().long() for x in lstm_state]  # rows that pad a batch hold anything
-        self.asked.append((action.numpy().copy(), c[:, 0].tolist()))
+        self.asked.append((action.numpy().copy(), c[:, 0].tolist(), depth.tolist()))
         state = self.next_state[(latent[:, 1, 0, 2].nan_to_num().long() - 8) % self.M, action]
         h, c = (5 * h + state[:, None] + 1) % self.M, (c + 1) % 6
         prefix = self.prefix[h[:, 0], c[:, 0]]
@@ -182,7 +182,7 @@ def slow_search(world, state, prior, legal, S, discount=DISCOUNT, c_init=1.25):
             node = node.children.get(action)
         parent, action = path[-1]
         deepest = max(deepest, len(path))
-        answer = world.search_leaf(parent.latent, torch.tensor([action]), parent.lstm_state)
+        answer = world.search_leaf(parent.latent, torch.tensor([action]), parent.lstm_state, torch.tensor([len(path)]))
         latent, lstm_state, prefix, value, logits = answer
         reset = len(path) % 5 == 0
         child_prior = dict(zip(actions, softmax(logits[0].numpy()[actions]).tolist(), strict=True))
@@ -280,7 +280,7 @@ def test_illegal_actions_are_never_taken_and_visits_sum_to_S(S):
     result = mcts.Search(world, S, n)(torch.arange(n), legal, np.random.default_rng(0), True)
     assert (result.policy[~legal] == 0).all()
     np.testing.assert_allclose(result.policy.sum(1), 1, rtol=1e-6)
-    assert all(legal[np.arange(n), action].all() for action, _ in world.asked)  # inside the tree as well
+    assert all(legal[np.arange(n), action].all() for action, *_ in world.asked)  # inside the tree as well
 
 
 def test_without_simulations_the_policy_is_the_networks_own_over_legal_actions():
@@ -296,7 +296,8 @@ def test_rewards_and_lstm_states_along_a_chain():
     S, world, legal = 12, World(3), np.array([False, True, False])
     world.value[:], world.prefix[:] = 10, torch.arange(6)
     result = mcts.Search(world, S, 1)(torch.arange(1), legal, np.random.default_rng(0), True)
-    assert [c for _, c in world.asked] == [[depth % 5] for depth in range(S)]  # of the leaves' parents
+    assert [c for _, c, _ in world.asked] == [[depth % 5] for depth in range(S)]  # of the leaves' parents
+    assert [depth for *_, depth in world.asked] == [[depth + 1] for depth in range(S)]  # of the leaves
     assert result.policy.tolist() == [[0, 1, 0]] and result.depth.tolist() == [S]
     returns = [sum(DISCOUNT**i for i in range(depth)) + 10 * DISCOUNT**depth for depth in range(1, S + 1)]
     assert result.root_value[0] == pytest.approx(sum(returns) / S, rel=1e-5)

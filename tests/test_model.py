@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 import model
-from model import EfficientZeroNet, ModelConfig, inference_copy, inverse_scalar_transform, load_model, scalar_transform
+from model import EfficientZeroNet, ModelConfig, StepNorm, inference_copy, load_model
 
 HEADS = {"head_channels": 4, "head_hidden": 8, "projector_hidden": 20, "projector_out": 16, "predictor_hidden": 10}
 TINY = ModelConfig(channels=8, lstm_size=12, **HEADS)
+NORMS = nn.BatchNorm1d | nn.BatchNorm2d | StepNorm
 
 
 def tiny_net(seed=0, config=TINY):
@@ -23,7 +24,7 @@ def tiny_net(seed=0, config=TINY):
     for module in net.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.2)
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        if isinstance(module, NORMS):
             nn.init.normal_(module.weight, 1, 0.3)
             nn.init.normal_(module.bias, 0, 0.3)
             nn.init.normal_(module.running_mean, 0, 0.3)
@@ -39,8 +40,8 @@ def outputs_of(net, obs):
     """All that the network says of two steps."""
     latent, policy, value = net.initial_inference(obs)
     state = net.initial_lstm_state(len(obs), latent)
-    first = net.recurrent_inference(latent, torch.tensor([0, 5, 17]), state)
-    second = net.recurrent_inference(first[0], torch.tensor([1, 2, 3]), first[1])
+    first = net.recurrent_inference(latent, torch.tensor([0, 5, 17]), state, torch.tensor([1]))
+    second = net.recurrent_inference(first[0], torch.tensor([1, 2, 3]), first[1], torch.tensor([2, 6, 11]))
     return [latent, policy, value, first[0], *first[1], *first[2:], second[0], *second[1], *second[2:]]
 
 
@@ -54,17 +55,17 @@ def equal(xs, ys):
 def test_the_transform_is_odd_and_has_the_published_values():
     x = torch.tensor([0.0, 1, 5, 20, 100])
     # 0, sqrt(2) - 1 + 0.001, sqrt(6) - 1 + 0.005, sqrt(21) - 1 + 0.02, sqrt(101) - 1 + 0.1
-    torch.testing.assert_close(scalar_transform(x), torch.tensor([0, 0.415214, 1.454490, 3.602576, 9.149876]))
-    assert torch.equal(scalar_transform(-x), -scalar_transform(x))
+    torch.testing.assert_close(model.scalar_transform(x), torch.tensor([0, 0.415214, 1.454490, 3.602576, 9.149876]))
+    assert torch.equal(model.scalar_transform(-x), -model.scalar_transform(x))
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 50_000), (torch.float32, 100)])
 def test_the_inverse_undoes_the_transform_and_is_zero_below_a_thousandth(dtype, limit):
     x = torch.linspace(-limit, limit, 4001, dtype=dtype)
-    error = (inverse_scalar_transform(scalar_transform(x)) - x).abs() / x.abs().clamp(min=1)
+    error = (model.inverse_scalar_transform(model.scalar_transform(x)) - x).abs() / x.abs().clamp(min=1)
     assert error.max() < 1e-5
     x = torch.tensor([0.0009, -0.0009, 0.002], dtype=dtype)
-    assert inverse_scalar_transform(scalar_transform(x)).tolist() == [0, 0, pytest.approx(0.002, rel=1e-2)]
+    assert model.inverse_scalar_transform(model.scalar_transform(x)).tolist() == [0, 0, pytest.approx(0.002, rel=1e-2)]
 
 
 def test_two_hot_codes(monkeypatch):
@@ -97,14 +98,15 @@ def test_sizes_are_those_of_the_reference(blocks, h, total, bn):
     for name, size in (expected | {"representation": h}).items():
         assert sum(parameter.numel() for parameter in getattr(net, name).parameters()) == size
     assert sum(parameter.numel() for parameter in net.parameters()) == total
-    assert sum(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in net.modules()) == bn
+    assert sum(isinstance(module, NORMS) for module in net.modules()) == bn
 
 
 def test_a_new_network_has_a_uniform_policy_and_says_zero():
     net = EfficientZeroNet(TINY)
     latent, value, policy = net.search_root(some_obs())
     state = net.initial_lstm_state(3, latent)
-    _, _, prefix, next_value, next_policy = net.search_leaf(latent, torch.tensor([1, 2, 3]), state)
+    actions, depth = torch.tensor([1, 2, 3]), torch.tensor([1])
+    _, _, prefix, next_value, next_policy = net.search_leaf(latent, actions, state, depth)
     assert not any(x.any() for x in (value, policy, prefix, next_value, next_policy, *state))
     assert policy.shape == next_policy.shape == (3, 18) and value.shape == prefix.shape == (3,)
 
@@ -113,7 +115,7 @@ def test_the_action_enters_as_one_plane_of_a_over_18():
     net, seen = tiny_net().eval(), []
     net.dynamics.conv[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     latent = torch.rand(3, 8, 6, 6)
-    net.dynamics(latent, torch.tensor([0, 9, 17]), net.initial_lstm_state(3, latent))
+    net.dynamics(latent, torch.tensor([0, 9, 17]), net.initial_lstm_state(3, latent), torch.tensor([1]))
     expected = torch.tensor([0, 9 / 18, 17 / 18]).view(3, 1, 1, 1).expand(3, 1, 6, 6)
     assert torch.equal(seen[0], torch.cat([latent, expected], dim=1))
 
@@ -124,7 +126,7 @@ def test_the_gradient_of_all_that_follows_a_new_latent_is_halved(monkeypatch):
     inputs = [latent.requires_grad_(), *[torch.rand(3, 12, requires_grad=True) for _ in range(2)]]
     for scale in (model.scale_gradient, lambda x, factor: x):
         monkeypatch.setattr(model, "scale_gradient", scale)
-        new_latent, _, prefix = net.dynamics(inputs[0], torch.tensor([1, 2, 3]), inputs[1:])
+        new_latent, _, prefix = net.dynamics(inputs[0], torch.tensor([1, 2, 3]), inputs[1:], torch.tensor([1]))
         loss = net.projector(new_latent).square().sum() + prefix.square().sum()
         gradients.append([*torch.autograd.grad(loss, inputs), new_latent.detach(), prefix.detach()])
     scaled, plain = gradients
@@ -159,8 +161,7 @@ def test_an_inference_copy_says_the_same_as_the_network_in_eval_mode():
     expected = outputs_of(net.eval(), obs.float() / 255)  # bytes and unit floats are the same observation
     torch.testing.assert_close(outputs_of(fused, obs), expected, rtol=1e-4, atol=1e-4)
     assert not any(parameter.requires_grad for parameter in fused.parameters())
-    norms = [module for module in fused.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
-    assert norms == [fused.dynamics.prefix_head[0]]  # it follows the LSTM
+    assert not any(isinstance(module, NORMS) for module in fused.modules())
 
 
 @pytest.mark.parametrize("source", ["network", "copy"])
