@@ -609,13 +609,13 @@ def log_diagnostics(writer, search, replay, game, renewed, args, updates, suffix
     happened = {name: x[0] for name, x in happened.items()}
     obs = stack_frames(replay, rows).to(next(search.net.parameters()).device)
     predicted = search.predict(obs, happened["action"], game.legal)
-    for name, first in (("value", 0), ("value_prefix", 1)):  # steps 0 to K, steps 1 to K
+    for of, first in (("value", 0), ("value_prefix", 1)):  # steps 0 to K, steps 1 to K
         for k in range(first, args.unroll_steps + 1):
             true = happened["mask"][:, k] > 0
-            target = happened[name][true, k - first]
-            error = target - getattr(predicted, name)[true, k - first]
+            target = happened[of][true, k - first]
+            error = target - getattr(predicted, of)[true, k - first]
             explained = 1 - error.var() / target.var() if target.any() and target.var() else 0.0
-            writer.add_scalar(f"diagnostics/explained_variance_{name}/{k}{suffix}", explained, updates)
+            writer.add_scalar(f"diagnostics/explained_variance/{of}/{k}{suffix}", explained, updates)
     # Where the actions differ: does one that looks better than the policy's mean pay more than the value says?
     spread = np.ptp(predicted.q[:, game.legal], axis=1)
     differ = spread >= np.median(spread)
@@ -624,9 +624,9 @@ def log_diagnostics(writer, search, replay, game, renewed, args, updates, suffix
     surplus = happened["value"][:, 0] - predicted.value[:, 0]
     ranks = [x[differ].argsort().argsort() for x in (advantage, surplus)]
     writer.add_scalar(f"diagnostics/rank_agreement{suffix}", np.corrcoef(ranks)[0, 1], updates)
-    for name, policy in (("policy", predicted.prior), ("search", replay.policy[rows])):
+    for of, policy in (("network", predicted.prior), ("search", replay.policy[rows])):
         entropy = -(policy * np.log(policy + 1e-12)).sum(axis=1)  # [n]
-        writer.add_scalar(f"diagnostics/entropy_{name}{suffix}", entropy.mean(), updates)
+        writer.add_scalar(f"diagnostics/entropy/{of}{suffix}", entropy.mean(), updates)
     writer.add_scalar(f"diagnostics/old_targets{suffix}", (replay.turn[stored] <= renewed).mean(), updates)
 
 

@@ -16,9 +16,9 @@ from model import EfficientZeroNet, ModelConfig, save_model
 
 ROOT = Path(__file__).resolve().parent.parent
 FIVE = ["model.py", "mcts.py", "pretrain_teacher.py", "distill.py", "finetune.py"]
-SCRIPTS = FIVE[2:] + ["benchmark/report.py", "benchmark/speed.py"]
+SCRIPTS = FIVE[2:] + ["benchmark/bench.py", "benchmark/report.py", "benchmark/speed.py"]
 STAGES = [f"docs/{script[:-3]}.md" for script in FIVE[2:]]
-PAGES = ["README.md", *STAGES, "docs/performance.md"]
+PAGES = ["README.md", *STAGES, "docs/learning.md", "docs/performance.md"]
 WITH_COMMANDS = [*PAGES, *SCRIPTS, "benchmark/quickstart.sh"]
 ARGS = {script: importlib.import_module(script[:-3].replace("/", ".")).Args for script in SCRIPTS}
 FENCED = r"^```(\w*)\n(.*?)^```$"
@@ -96,9 +96,9 @@ def test_what_is_logged_is_explained_and_nothing_else(script):
     page, logged = read(f"docs/{script[:-3]}.md"), set()
     for key in re.findall(r'add_(?:scalar|text)\(f?"([^"]+)"', read(script)):
         for term in ("value_prefix", "policy", "value", "consistency") if "{name}" in key else ("",):
-            logged.add(re.sub(r"/?{[\w.]+}$", "", key.replace("{name}", term)))  # without the game
+            logged.add(re.sub(r"(/?{[\w.]+})+$", "", key.replace("{name}", term)))  # without the game, step, network
     rows = re.findall(r"^\| (`\w+/.*?|`hyperparameters`) \|", page, re.M)
-    assert logged == {key for row in rows for key in re.findall(r"`(.+?)(?:/<env_id>)?`", row)}
+    assert logged == {key for row in rows for key in re.findall(r"`(.+?)(?:/<\w+>)*`", row)}
     assert all(f"`{column}`" in page for column in re.search(r'"(env_steps,[\w,]+)', read(script))[1].split(","))
 
 

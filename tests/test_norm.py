@@ -149,6 +149,8 @@ def disagreement(seed, updates=60, K=5):
 
 
 def test_a_search_predicts_what_learning_predicted():
-    """With one mixture of all steps it does not. The margin is that of 10 seeds: see below."""
+    """With one mixture of all steps it does not. Seeds 0 to 9: 0.050 to 0.083 with statistics per step, which is what
+    20 batches leave of sampling error, 0.20 to 0.41 with the mixture, at best 2.7 times as much."""
     per_step, mixed = disagreement(seed=0)
-    assert per_step < 0.3 * mixed and mixed > 0.1
+    print(f"root mean square difference of search and learning: per step {per_step:.3f}, mixed {mixed:.3f}")
+    assert per_step < 0.12 and mixed > 2 * per_step
