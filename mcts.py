@@ -357,8 +357,8 @@ class SearchResult(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    value: np.ndarray  # [n, J + 1] float32, of the root and of the states that J actions lead to
-    value_prefix: np.ndarray  # [n, J] float32, of the same actions
+    value: np.ndarray  # [n, J + 1] float32, after 0 to J actions
+    value_prefix: np.ndarray  # [n, J] float32, sum of rewards since the LSTM's last reset, every 5 actions
     q: np.ndarray  # [n, A] float32, reward + discount * value of each action at the root
     prior: np.ndarray  # [n, A] float32, the network's own policy at the root, over the legal actions
 
@@ -412,27 +412,27 @@ class Search:
 
     @torch.no_grad()
     def predict(self, obs, action, legal):
-        """What searches are told along given actions, for a comparison with what happened: obs uint8 [n, 12, 96, 96],
-        action int64 [n, J], legal bool [A] -> Prediction."""
+        """The network's answers along given actions, as a search gets them: obs uint8 [n, 12, 96, 96], action int64
+        [n, J], legal bool [A] -> Prediction."""
         action = torch.from_numpy(action).to(obs.device)
-        depth = torch.ones_like(action[:, 0])  # [n]
+        ones = torch.ones_like(action[:, 0])  # [n]
         illegal = torch.from_numpy(~legal).to(obs.device)
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=obs.is_cuda):
             root, value, policy_logits = self.net.search_root(obs)
             start = self.net.initial_lstm_state(len(obs), root)
             q = []
             for a in range(len(legal)):
-                _, _, reward, next_value, _ = self.net.search_leaf(root, a * depth, start, depth)
+                _, _, reward, next_value, _ = self.net.search_leaf(root, a * ones, start, ones)  # a prefix of one step
                 q.append(reward + self.discount * next_value)
             values, prefixes = [value], []
             latent, lstm_state = root, start
             for j in range(action.shape[1]):
                 lstm_state = start if j % VALUE_PREFIX_HORIZON == 0 else lstm_state
-                leaf = self.net.search_leaf(latent, action[:, j], lstm_state, (j + 1) * depth)
+                leaf = self.net.search_leaf(latent, action[:, j], lstm_state, (j + 1) * ones)
                 latent, lstm_state, prefix, value, _ = leaf
                 prefixes.append(prefix)
                 values.append(value)
-            prior = torch.softmax(policy_logits.float().masked_fill(illegal, -torch.inf), dim=1)
+            prior = pack(values[0], values[0], policy_logits, illegal)[:, 2:]
         stacked = [torch.stack(x, dim=1).float().cpu().numpy() for x in (values, prefixes, q)]
         return Prediction(*stacked, prior.cpu().numpy())
 

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-VALUE_PREFIX_HORIZON = 5  # steps between resets of the LSTM, as in mcts.py
+VALUE_PREFIX_HORIZON = 5  # steps between resets of the LSTM; a test keeps it equal to that of mcts.py
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ModelConfig:
     predictor_hidden: int = 512
     activation: str = "ReLU"  # a module of torch.nn
     norm_steps: int = 5  # unroll steps whose batch norm statistics g and f keep apart; 0: one mixture of all steps
-    action_gain: float = 30.0  # factor on the initial weights of g for the action; 1: PyTorch's
+    action_gain: float = 30.0  # factor on the initial weights of g for the action (then without effect); 1: PyTorch's
 
     @classmethod
     def of_width(cls, channels, blocks, **others):
@@ -125,11 +125,11 @@ def average_pool():
 
 
 class StepNorm(nn.Module):
-    """Batch norm of g and f. It learns as any other, and keeps running statistics of each unroll step for searches.
+    """Batch norm of g and f: it learns as usual, but keeps running statistics per unroll step, for searches.
 
-    g's latents drift as it unrolls. Learning normalises each step by its own batch; one running mean of all steps, as
-    in the released code, makes the network that searches another one than that which learned (docs/learning.md).
-    Statistics per step are those of Cooijmans et al. 2017, "Recurrent Batch Normalization".
+    Row k is step k; 0, the root, occurs in f only. Callers clamp deeper steps to the last row. `steps=0` is the
+    released code's mixture: as g's latents drift it fits no step, and a search has another network than learning has
+    (docs/learning.md). After Cooijmans et al. 2017, "Recurrent Batch Normalization".
     """
 
     def __init__(self, channels, steps):
@@ -140,34 +140,35 @@ class StepNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(steps + 1, channels))
 
     def forward(self, x, step):
-        """x [B, C, ...]; step int64, [1] or in eval mode [B]: row of the statistics, of all samples or of each."""
+        """x [B, C, ...]; step int64: the row to use, [1] for all samples, or in eval mode [B], one for each."""
         if not self.training:
-            return ScaleAndShift(self)(x, step)
+            return ScaleAndShift(self)(x, step)  # weight and bias get no gradient here
         mean = self.running_mean.index_select(0, step).view(-1)
         var = self.running_var.index_select(0, step).view(-1)
-        x = F.batch_norm(x, mean, var, self.weight, self.bias, training=True)  # moves mean and var too, by a tenth
+        x = F.batch_norm(x, mean, var, self.weight, self.bias, training=True)  # moves mean and var too, momentum 0.1
         self.running_mean.index_copy_(0, step, mean[None])
         self.running_var.index_copy_(0, step, var[None])
         return x
 
 
 class ScaleAndShift(nn.Module):
-    """What a `StepNorm` in eval mode computes: `scale[step] * x + shift[step]`, for each sample of a batch its own."""
+    """A `StepNorm` in eval mode: `scale[step] * x + shift[step]`, by the step of each sample. Not to be learned."""
 
-    def __init__(self, norm, eps=1e-5):
+    def __init__(self, norm, eps=1e-5):  # F.batch_norm's eps
         super().__init__()
         scale = norm.weight * (norm.running_var + eps).rsqrt()  # [steps + 1, C]
         shift = norm.bias - norm.running_mean * scale
         self.table = nn.Parameter(torch.cat([scale, shift], dim=1))  # [steps + 1, 2 * C]
 
     def forward(self, x, step):
-        scale, shift = self.table.index_select(0, step).to(x.dtype).chunk(2, dim=1)  # [B, C] each
+        scale, shift = self.table.index_select(0, step).to(x.dtype).chunk(2, dim=1)  # [1 or B, C] each
         shape = *scale.shape, *[1] * (x.dim() - 2)
         return torch.addcmul(shift.view(shape), x, scale.view(shape))
 
 
 class Layers(nn.Sequential):
-    """With a forward of its own: torch.compile does not look into those of torch.nn. step: as in `StepNorm`."""
+    """A Sequential that passes `step` to the norms directly in it. For stacks without norms too: torch.compile does not
+    look into those of torch.nn."""
 
     def forward(self, x, step=None):
         for layer in self:
@@ -176,7 +177,10 @@ class Layers(nn.Sequential):
 
 
 class ResidualBlock(nn.Module):
-    """conv, BN, ReLU, conv, BN, + skip, ReLU. A strided block's skip is a strided 3x3 convolution without BN."""
+    """conv, BN, ReLU, conv, BN, + skip, ReLU: [B, inputs, H, W] -> [B, outputs, H / stride, W / stride].
+
+    A strided block's skip is a strided 3x3 convolution without BN; others need inputs = outputs. step: for `StepNorm`.
+    """
 
     def __init__(self, config, inputs, outputs, stride=1, norm=nn.BatchNorm2d):
         super().__init__()
@@ -255,8 +259,8 @@ class DynamicsNetwork(nn.Module):
         self.actions = config.actions
         self.norm_steps = config.norm_steps
         self.conv = Layers(conv3x3(c + 1, c), norm(c))
-        # The action is one plane among C, and small. With the usual weights it is some percent of what leaves this
-        # layer: for hundreds of updates g predicts the same whatever the action, and a search has nothing to compare.
+        # One plane of a / 18 beside C of the latent: with PyTorch's weights it makes 0.15 % of the output's variance
+        # (C = 64). For hundreds of updates g would say the same of every action, and a search had nothing to compare.
         self.conv[0].weight.data[:, -1] *= config.action_gain
         self.activation = activation(config)
         self.block = ResidualBlock(config, c, c, norm=norm)
@@ -265,10 +269,13 @@ class DynamicsNetwork(nn.Module):
         self.prefix_head = Layers(norm(lstm_size), activation(config), *mlp(config, lstm_size, 2 * config.support + 1))
 
     def forward(self, latent, action, lstm_state, step):
-        """latent [B, C, 6, 6], action [B] int64 ALE ids, lstm_state (h, c) each [B, L], step int64 [1] or [B]: of the
-        next latent, from 1 on -> next latent, lstm_state, value prefix logits [B, S]."""
-        prefix_step = ((step - 1) % VALUE_PREFIX_HORIZON + 1).clamp(max=self.norm_steps)  # since the LSTM's last reset
-        step = step.clamp(max=self.norm_steps)
+        """latent [B, C, 6, 6], action [B] int64 ALE ids, lstm_state (h, c) each [B, L], step int64 [1] or [B], that of
+        the next latent (1, 2, ...) -> next latent, lstm_state, value prefix logits [B, S].
+
+        The caller zeroes lstm_state every VALUE_PREFIX_HORIZON steps.
+        """
+        prefix_step = ((step - 1) % VALUE_PREFIX_HORIZON + 1).clamp(max=self.norm_steps)  # its LSTM started again
+        step = step.clamp(max=self.norm_steps)  # beyond what was learned: the last row
         action_plane = (action.to(latent.dtype) / self.actions).view(-1, 1, 1, 1).expand(-1, 1, 6, 6)
         action_plane = action_plane.contiguous(memory_format=torch.channels_last)  # so that `cat` keeps its order
         x = self.conv(torch.cat([latent, action_plane], dim=1), step)  # [B, C+1, 6, 6] -> [B, C, 6, 6]
@@ -280,7 +287,8 @@ class DynamicsNetwork(nn.Module):
 
 
 class PredictionNetwork(nn.Module):
-    """f: latent [B, C, 6, 6], step int64 [1] or [B] -> policy logits [B, A] over the ALE ids, value logits [B, S]."""
+    """f: latent [B, C, 6, 6], its step int64 [1] or [B] (0: the root) -> policy logits [B, A] over the ALE ids, value
+    logits [B, S]."""
 
     def __init__(self, config):
         super().__init__()
@@ -355,9 +363,8 @@ def inference_copy(net):
     """A frozen copy in eval mode: h's batch norms are folded into the convolutions before them, those of g and f become
     one multiplication and addition.
 
-    Same outputs to float rounding, fewer kernels; searches call this one. On a GPU its weights are cast to bf16
-    here, once, and not by autocast in each call. The copy does not follow `net` (`refresh` makes it), and has no
-    projector and predictor.
+    Same outputs up to rounding, fewer kernels; searches call this one. On a GPU its weights are cast to bf16 here,
+    once, and not by autocast in each call. Later changes of `net` arrive by `refresh`. No projector and predictor.
     """
     net = copy.deepcopy(net).eval()
     net.projector = net.predictor = None
@@ -370,15 +377,16 @@ def inference_copy(net):
                 layers[i] = ScaleAndShift(layer)
     for layer in net.modules():
         if isinstance(layer, nn.ReLU):
-            layer.inplace = True  # of a layer's own output, always: one array less to fill
-        if type(layer) in (nn.Conv2d, nn.Linear, nn.LSTMCell, ScaleAndShift) and next(layer.parameters()).is_cuda:
+            layer.inplace = True  # its input is always a fresh tensor
+        exactly = (nn.Conv2d, nn.Linear, nn.LSTMCell, ScaleAndShift)  # not Float32Linear
+        if type(layer) in exactly and next(layer.parameters()).is_cuda:
             layer.to(torch.bfloat16)
     return net.requires_grad_(False)
 
 
 def refresh(frozen, net):
     """Gives an `inference_copy` the weights of `net` or of another copy, in place: recorded kernels read them there."""
-    copied = inference_copy(net) if net.training else net  # copies are in eval mode
+    copied = net if net.projector is None else inference_copy(net)
     frozen.load_state_dict(copied.state_dict())
 
 

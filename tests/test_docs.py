@@ -95,8 +95,10 @@ def test_files_and_functions_named_in_the_pages_exist():
 def test_what_is_logged_is_explained_and_nothing_else(script):
     page, logged = read(f"docs/{script[:-3]}.md"), set()
     for key in re.findall(r'add_(?:scalar|text)\(f?"([^"]+)"', read(script)):
-        for term in ("value_prefix", "policy", "value", "consistency") if "{name}" in key else ("",):
-            logged.add(re.sub(r"(/?{[\w.]+})+$", "", key.replace("{name}", term)))  # without the game, step, network
+        for term in ("value_prefix", "policy", "value", "consistency") if "{name}_loss" in key else ("",):
+            logged.add(
+                re.sub(r"(/?{[\w.]+})+$", "", key.replace("{name}", term or "{name}"))
+            )  # without the game, step, network
     rows = re.findall(r"^\| (`\w+/.*?|`hyperparameters`) \|", page, re.M)
     assert logged == {key for row in rows for key in re.findall(r"`(.+?)(?:/<\w+>)*`", row)}
     assert all(f"`{column}`" in page for column in re.search(r'"(env_steps,[\w,]+)', read(script))[1].split(","))
@@ -114,7 +116,7 @@ def test_sizes():
     assert lines["README.md"] <= 200 and lines["benchmark/quickstart.sh"] <= 40 and lines["benchmark/report.py"] <= 120
     stated = {name: int(n) for name, n in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", read("README.md"), re.M)}
     assert stated == {name: pytest.approx(lines[name], abs=15) for name in FIVE}
-    assert sum(lines[name] for name in FIVE) <= 3450
+    assert sum(lines[name] for name in FIVE) <= 3670
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
