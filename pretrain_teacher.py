@@ -598,15 +598,15 @@ def log_search(writer, result, updates):
     writer.add_scalar("search/max_depth", result.depth.max(), updates)
 
 
-def log_diagnostics(writer, search, replay, game, renewed, args, updates, suffix=""):
-    """How well the network that searches predicts what happened in up to 512 of the newest steps of a game, and how old
-    the targets are. renewed: number of the last search before the target network changed, as in `Replay.turn`."""
+def log_diagnostics(writer, search, replay, game, args, updates, suffix=""):
+    """How well the network that searches predicts what happened in up to 512 steps of a game: those before its newest
+    512, so that most returns are those of 50 rewards, after which the bootstrap still weighs gamma^50 = 0.55."""
     stored = game.rows.start + np.flatnonzero(replay.acted[game.rows])
-    rows = stored[np.argsort(replay.stored_at[stored], kind="stable")[-512:]]
-    # Up to 50 rewards, then the bootstrap, which still weighs gamma^50 = 0.55 or more (after 5 steps: 0.94).
+    rows = stored[np.argsort(replay.stored_at[stored], kind="stable")[-1024:][:512]]
     rng = np.random.default_rng(0)
     happened = make_targets(replay, rows[None], 50, args.unroll_steps, args.gamma, args.clip_rewards, rng)
     happened = {name: x[0] for name, x in happened.items()}
+    soon = make_targets(replay, rows[None], args.td_steps, 1, args.gamma, args.clip_rewards, rng)["value"][0, :, 0]
     obs = stack_frames(replay, rows).to(next(search.net.parameters()).device)
     predicted = search.predict(obs, happened["action"], game.legal)
     for name, first in (("value", 0), ("value_prefix", 1)):  # steps 0 to K, steps 1 to K
@@ -615,21 +615,21 @@ def log_diagnostics(writer, search, replay, game, renewed, args, updates, suffix
             target = happened[name][exists, k - first]
             error = target - getattr(predicted, name)[exists, k - first]
             if len(np.unique(target)) > 1:
-                explained = 1 - error.var() / target.var()
+                explained = 1 - np.square(error).mean() / target.var()  # an offset counts as an error
                 writer.add_scalar(f"diagnostics/explained_variance/{name}/{k}{suffix}", explained, updates)
     # Rank correlation of predicted and realised advantage, in the half of the states where Q differs most.
     spread = np.ptp(predicted.q[:, game.legal], axis=1)
     differ = spread >= np.median(spread)
     taken = predicted.q[np.arange(len(rows)), replay.action[rows]]
     advantage = (taken - (replay.policy[rows] * predicted.q).sum(axis=1))[differ]
-    realised = (happened["value"][:, 0] - predicted.value[:, 0])[differ]
+    realised = (soon - predicted.value[:, 0])[differ]
     ranks = [np.sign(x[:, None] - x).sum(axis=1) for x in (advantage, realised)]  # those of ties are equal
+    writer.add_scalar(f"diagnostics/advantage{suffix}", np.abs(advantage).mean(), updates)
     if np.ptp(ranks, axis=1).all():
         writer.add_scalar(f"diagnostics/rank_agreement{suffix}", np.corrcoef(ranks)[0, 1], updates)
     for name, policy in (("network", predicted.prior), ("search", replay.policy[rows])):
         entropy = -(policy * np.log(policy + 1e-12)).sum(axis=1)  # [n]
         writer.add_scalar(f"diagnostics/entropy/{name}{suffix}", entropy.mean(), updates)
-    writer.add_scalar(f"diagnostics/old_targets{suffix}", (replay.turn[stored] <= renewed).mean(), updates)
 
 
 if __name__ == "__main__":
@@ -723,7 +723,7 @@ if __name__ == "__main__":
                 evaluations += log_evaluation(writer, game.env_id, 0, updates, returns, lengths, suffix)
                 scores = scores | {game.env_id: float(returns.mean())}
                 if updates > 0:  # before, nothing has been searched
-                    log_diagnostics(writer, evaluator, replay, game, renewed, args, updates, suffix)
+                    log_diagnostics(writer, evaluator, replay, game, args, updates, suffix)
             with model.whole_file(f"{run_dir}/evaluations.csv") as file:
                 file.write(evaluations.encode())
             info = {"args": vars(args), "env_ids": env_ids}
@@ -733,7 +733,9 @@ if __name__ == "__main__":
 
         # ALGO LOGIC: training.
         if due(args.target_interval):  # the target network is the network of one to two intervals ago
-            renewed = replay.turn.max()
+            if updates > 0:
+                writer.add_scalar("diagnostics/old_targets", (replay.turn <= renewed).mean(), updates)
+            renewed = int(replay.turn.max())
             model.refresh(reanalyzer.net, next_target_net)
             model.refresh(next_target_net, net)
         for game in games:
@@ -764,9 +766,10 @@ if __name__ == "__main__":
         if due(log_every):
             writer.add_scalar("losses/loss", numbers[-1, -2], updates)
             writer.add_scalar("losses/gradient_norm", numbers[-1, -1], updates)
-            for network, part in net.named_children():  # of the gradient that was applied
+            cut = max(1.0, numbers[-1, -1] / args.max_grad_norm)  # factor by which the gradients were made smaller
+            for network, part in net.named_children():
                 gradients = [parameter.grad for parameter in part.parameters() if parameter.grad is not None]
-                total = torch.nn.utils.get_total_norm(gradients).item()
+                total = cut * torch.nn.utils.get_total_norm(gradients).item()
                 writer.add_scalar(f"losses/gradient_norm/{network}", total, updates)
             for name, term in terms.items():
                 writer.add_scalar(f"losses/{name}_loss", term.mean().item(), updates)

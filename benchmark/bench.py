@@ -11,6 +11,7 @@ in how many do the policy and the model's own Q choose a best one? What labels c
 
 import csv
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -76,18 +77,20 @@ def run(args, game, seed):
     flags += f" --eval-every {args.steps[0]} --total-timesteps {args.steps[-1]} --run-dir {folder} --resume"
     words = [sys.executable, str(ROOT / "finetune.py"), *flags.split()]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
-    seconds = folder / "seconds"
-    if not seconds.exists():
+    done = folder / "bench.json"  # the flags and the seconds of the process that ended the run
+    if done.exists() and json.loads(done.read_text())["flags"] != flags:
+        raise SystemExit(f"error: {folder} was made with other flags; choose another --folder")
+    if not done.exists():
         start = time.time()
-        done = subprocess.run(words, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"error: {game}, seed {seed}: {done.stderr.strip()[-500:]}")
-        seconds.write_text(f"{time.time() - start:.0f}")
+        process = subprocess.run(words, env=environment, capture_output=True, text=True)
+        if process.returncode:
+            raise SystemExit(f"error: {game}, seed {seed}: {process.stderr.strip()[-500:]}")
+        done.write_text(json.dumps({"flags": flags, "seconds": round(time.time() - start)}))
     scores = {}
     with open(folder / "evaluations.csv") as file:
         for row in csv.DictReader(file):
             scores.setdefault(int(row["updates"]), []).append(float(row["return"]))
-    return {steps: float(np.mean(scores[steps])) for steps in args.steps}, int(seconds.read_text())
+    return {steps: float(np.mean(scores[steps])) for steps in args.steps}, json.loads(done.read_text())["seconds"]
 
 
 def bench(args):

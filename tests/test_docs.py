@@ -96,9 +96,7 @@ def test_what_is_logged_is_explained_and_nothing_else(script):
     page, logged = read(f"docs/{script[:-3]}.md"), set()
     for key in re.findall(r'add_(?:scalar|text)\(f?"([^"]+)"', read(script)):
         for term in ("value_prefix", "policy", "value", "consistency") if "{name}_loss" in key else ("",):
-            logged.add(
-                re.sub(r"(/?{[\w.]+})+$", "", key.replace("{name}", term or "{name}"))
-            )  # without the game, step, network
+            logged.add(re.sub(r"(/?{[\w.]+})+$", "", key.replace("{name}", term or "{name}")))  # but what varies
     rows = re.findall(r"^\| (`\w+/.*?|`hyperparameters`) \|", page, re.M)
     assert logged == {key for row in rows for key in re.findall(r"`(.+?)(?:/<\w+>)*`", row)}
     assert all(f"`{column}`" in page for column in re.search(r'"(env_steps,[\w,]+)', read(script))[1].split(","))

@@ -1,6 +1,7 @@
 """Batch norm with statistics per unroll step: it learns as plain batch norm, and searches as it learned."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,16 @@ from test_model import TINY, equal, tiny_net
 
 import mcts
 import model
-from finetune import Replay, make_targets, play_step, start_games, take_batch, transfer_learn, unroll_loss
+from finetune import (
+    Replay,
+    load_networks,
+    make_targets,
+    play_step,
+    start_games,
+    take_batch,
+    transfer_learn,
+    unroll_loss,
+)
 
 
 def norms(net):
@@ -90,6 +100,20 @@ def test_a_node_is_normalised_by_the_statistics_of_its_depth():
             torch.testing.assert_close(fast[i : i + 1], one, rtol=1e-4, atol=1e-4)
 
 
+def test_a_file_keeps_which_statistics_it_has_and_a_run_with_others_says_so(tmp_path):
+    args = SimpleNamespace(pretrained=str(tmp_path), channels=None, blocks=None, teachers=("a",), cross_task=True)
+    args.transfer, args.action_gain, args.unroll_steps, args.total_timesteps = "hgf", 1.0, 5, 8
+    for norm_steps, args.step_statistics in ((5, True), (0, False)):
+        net = of_steps(norm_steps)
+        model.save_model(f"{tmp_path}/model.pt", net)
+        assert load_networks(args)[0].config == dataclasses.replace(net.config, action_gain=1.0)
+        args.step_statistics = not args.step_statistics
+        with pytest.raises(
+            SystemExit, match=f"statistics of {norm_steps} unroll steps, this run has {5 - norm_steps}; "
+        ):
+            load_networks(args)
+
+
 def test_both_files_start_the_value_prefix_again_after_as_many_steps():
     assert model.VALUE_PREFIX_HORIZON == mcts.VALUE_PREFIX_HORIZON
 
@@ -122,8 +146,8 @@ def predictions(net, batch):
 
 
 def disagreement(seed, updates=60, K=5):
-    """Root mean square difference between what a trained network predicts in train and in search mode, with statistics
-    per step and with one mixture, which both had 20 batches of the finished network to settle."""
+    """Root mean square difference between what a trained network predicts in train and in search mode, of each column
+    of `predictions`: with statistics per step, and with one mixture. Both had 20 batches of the finished network."""
     replay, rng = played("toy_env:Follow-v0"), np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -145,12 +169,13 @@ def disagreement(seed, updates=60, K=5):
     batch = draw_batch(replay, 128, K, rng, generator)
     searched = [predictions(model.inference_copy(x), batch) for x in (net, mixed)]
     learned = predictions(net, batch)
-    return [(x - learned).square().mean().sqrt().item() for x in searched]
+    return [(x - learned).square().mean(0).sqrt().numpy() for x in searched]
 
 
 def test_a_search_predicts_what_learning_predicted():
     """With one mixture of all steps it does not. Seeds 0 to 9: 0.050 to 0.083 with statistics per step, which is what
     20 batches leave of sampling error, 0.20 to 0.41 with the mixture, at best 2.7 times as much."""
     per_step, mixed = disagreement(seed=0)
-    print(f"root mean square difference of search and learning: per step {per_step:.3f}, mixed {mixed:.3f}")
-    assert per_step < 0.12 and mixed > 2 * per_step
+    print(f"difference of search and learning: per step {per_step.round(3)}, mixed {mixed.round(3)}")
+    assert (per_step < 0.2).all() and (mixed > per_step).mean() > 0.7
+    assert np.sqrt(np.square(mixed).mean()) > 2 * np.sqrt(np.square(per_step).mean())

@@ -16,7 +16,7 @@ Any environment works that has 96x96x3 uint8 observations and Discrete(n) action
 | Gather-v0 | sparse rewards | a pellet on a 3x3 board, +1 for walking there |
 | Keys-v0 | 18 actions of which few matter | one of 2 lights, +1 for the one key that belongs to it |
 | Follow-v0 | a time limit that no frame shows | +1 for each step on the side that is lit; it changes at random |
-| Lives-v0 | lives | Catch without negative rewards; the third miss ends the game |
+| Lives-v0 | a count of misses | Catch without negative rewards; the third miss ends the game |
 | Toll-v0 | negative rewards | -1 a step on a corridor until its marked end is reached |
 | Corridor-v0 | credit over more steps than the model unrolls | +1 for walking to the end of a corridor, 8 steps long |
 
@@ -150,7 +150,10 @@ class Dodge(Game):
         reward = 0
         if self.row == 2:  # just above the player's row: where it stands decides, not this move
             self.over = self.player != self.gap
-            reward = not self.over
+            if self.over:
+                self.row = 3  # where no other frame has them
+                return 0
+            reward = 1
             self.row, self.gap = 0, self.draw(3)
         else:
             self.row = 2
