@@ -67,7 +67,7 @@ def scratch(seeds):
 
 def test_efficientzero_learns_small_games_from_pixels_with_every_seed(tmp_path):
     """Catch-v2 (8 is perfect) in 800 steps, Rare-v0 (8 is perfect) in 400; docs/learning.md has ten seeds of each."""
-    flags = "--learning-starts 100 --num-envs 4 --eval-every 200 --seed"
+    flags = "--learning-starts 100 --num-envs 4 --eval-every 400 --seed"
     runs = {
         f"catch-{seed}": f"finetune.py --env-id toy_env:Catch-v2 --total-timesteps 800 {flags} {seed}"
         for seed in (4, 5)
