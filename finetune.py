@@ -797,7 +797,7 @@ def log_search(writer, result, updates):
 # Copied from pretrain_teacher.py
 def log_diagnostics(writer, search, replay, game, args, updates, suffix=""):
     """How well the network that searches predicts what happened in up to 512 steps of a game: those before its newest
-    512, so that most returns are those of 50 rewards, after which the bootstrap still weighs gamma^50 = 0.55."""
+    512, so that most returns are those of 50 rewards, after which the bootstrap weighs gamma^50, by default 0.55."""
     stored = game.rows.start + np.flatnonzero(replay.acted[game.rows])
     rows = stored[np.argsort(replay.stored_at[stored], kind="stable")[-1024:][:512]]
     rng = np.random.default_rng(0)
@@ -934,7 +934,8 @@ if __name__ == "__main__":
     # Evaluations have the seeds below 1000; ale-py takes 31 bits.
     play = start_games(args.env_id, replay, streams, seed=1000 * (1 + args.seed) % 2_000_000_000)
     random_steps = 0 if args.pretrained else args.learning_starts
-    updates = env_steps = renewed = 0  # renewed: number of the last search before the target network changed
+    updates = env_steps = 0
+    renewed = -1  # number of the last search before the target network changed; -1: it never did
     eta = torch.ones(m, device=device)  # weight of each offline game: the share of `similar` in the last measurement
     similar = torch.zeros(m, device=device)  # in how many of the `measured` updates its gradient was similar
     measured = 0
@@ -1035,9 +1036,8 @@ if __name__ == "__main__":
 
         # ALGO LOGIC: training.
         if due(args.target_interval):  # the target network is the network of one to two intervals ago
-            if updates > 0:
-                old = replay.turn[own][replay.acted[own]] <= renewed
-                writer.add_scalar("diagnostics/old_targets", old.mean(), updates)
+            old = replay.turn[own][replay.acted[own]] <= renewed
+            writer.add_scalar("diagnostics/old_targets", old.mean(), updates)
             renewed = int(replay.turn.max())
             model.refresh(reanalyzer.net, next_target_net)
             model.refresh(next_target_net, net)

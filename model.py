@@ -375,11 +375,11 @@ def inference_copy(net):
                 layers[i] = nn.Identity()
             if isinstance(layer, StepNorm):
                 layers[i] = ScaleAndShift(layer)
+    in_bfloat16 = (nn.Conv2d, nn.Linear, nn.LSTMCell, ScaleAndShift)  # these types exactly: not Float32Linear
     for layer in net.modules():
         if isinstance(layer, nn.ReLU):
             layer.inplace = True  # its input is always a fresh tensor
-        exactly = (nn.Conv2d, nn.Linear, nn.LSTMCell, ScaleAndShift)  # not Float32Linear
-        if type(layer) in exactly and next(layer.parameters()).is_cuda:
+        if type(layer) in in_bfloat16 and next(layer.parameters()).is_cuda:
             layer.to(torch.bfloat16)
     return net.requires_grad_(False)
 

@@ -600,7 +600,7 @@ def log_search(writer, result, updates):
 
 def log_diagnostics(writer, search, replay, game, args, updates, suffix=""):
     """How well the network that searches predicts what happened in up to 512 steps of a game: those before its newest
-    512, so that most returns are those of 50 rewards, after which the bootstrap still weighs gamma^50 = 0.55."""
+    512, so that most returns are those of 50 rewards, after which the bootstrap weighs gamma^50, by default 0.55."""
     stored = game.rows.start + np.flatnonzero(replay.acted[game.rows])
     rows = stored[np.argsort(replay.stored_at[stored], kind="stable")[-1024:][:512]]
     rng = np.random.default_rng(0)
@@ -677,7 +677,8 @@ if __name__ == "__main__":
     run_name = f"{'+'.join(env_ids).replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = args.run_dir or f"runs/{run_name}"
     lock, checkpoint = model.open_run(args, run_dir, MAY_CHANGE)  # the lock is held until this process ends
-    updates = renewed = 0  # renewed: number of the last search before the target network changed
+    updates = 0
+    renewed = -1  # number of the last search before the target network changed; -1: it never did
     scores = {}  # mean return of the last evaluation
     evaluations = "env_steps,updates,episode,return,length,env_id\n"
     learners = {"net": net, "target": reanalyzer.net, "next_target": next_target_net, "optimizer": optimizer}
@@ -733,8 +734,7 @@ if __name__ == "__main__":
 
         # ALGO LOGIC: training.
         if due(args.target_interval):  # the target network is the network of one to two intervals ago
-            if updates > 0:
-                writer.add_scalar("diagnostics/old_targets", (replay.turn <= renewed).mean(), updates)
+            writer.add_scalar("diagnostics/old_targets", (replay.turn <= renewed).mean(), updates)
             renewed = int(replay.turn.max())
             model.refresh(reanalyzer.net, next_target_net)
             model.refresh(next_target_net, net)

@@ -99,18 +99,19 @@ def bench(args):
     with ThreadPoolExecutor(args.slots) as pool:
         results = dict(zip(jobs, pool.map(lambda job: run(args, *job), jobs), strict=True))
     rows = []
-    columns = "".join(f"{steps:>8}" for steps in args.steps)
     flags = f"--action-gain {args.action_gain} {args.flags}"
-    print(f"{'game':<12}{'random':>8}{'optimum':>8}  seed{columns}   share  seconds")
-    for game, seed in jobs:
+    names = "".join(f"{steps:>8}" for steps in args.steps)
+    print(f"{'game':<12}{'random':>8}{'optimum':>8}  seed{names}   share  seconds")
+    for game in args.games:
         random = play(game, lambda env, rng: rng.integers(18))
         optimum = play(game, lambda env, rng: rng.choice(np.flatnonzero(best_actions(env))))
-        scores, seconds = results[game, seed]
-        share = (scores[args.steps[-1]] - random) / (optimum - random)
-        columns = "".join(f"{scores[steps]:8.1f}" for steps in args.steps)
-        print(f"{game:<12}{random:8.1f}{optimum:8.1f}  {seed:>4}{columns}  {share:6.0%}  {seconds:>7}")
-        for steps, score in scores.items():
-            rows.append([game, seed, steps, score, round(random, 2), round(optimum, 2), seconds, flags])
+        for seed in args.seeds:
+            scores, seconds = results[game, seed]
+            share = (scores[args.steps[-1]] - random) / (optimum - random)
+            columns = "".join(f"{scores[steps]:8.1f}" for steps in args.steps)
+            print(f"{game:<12}{random:8.1f}{optimum:8.1f}  {seed:>4}{columns}  {share:6.0%}  {seconds:>7}")
+            for steps, score in scores.items():
+                rows.append([game, seed, steps, score, round(random, 2), round(optimum, 2), seconds, flags])
     if args.output:
         with open(args.output, "w", newline="") as file:
             names = ["game", "seed", "env_steps", "score", "random", "optimum", "seconds", "flags"]
