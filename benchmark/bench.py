@@ -100,8 +100,8 @@ def bench(args):
         results = dict(zip(jobs, pool.map(lambda job: run(args, *job), jobs), strict=True))
     rows = []
     flags = f"--action-gain {args.action_gain} {args.flags}"
-    names = "".join(f"{steps:>8}" for steps in args.steps)
-    print(f"{'game':<12}{'random':>8}{'optimum':>8}  seed{names}   share  seconds")
+    header = "".join(f"{steps:>8}" for steps in args.steps)
+    print(f"{'game':<12}{'random':>8}{'optimum':>8}  seed{header}   share  seconds")
     for game in args.games:
         random = play(game, lambda env, rng: rng.integers(18))
         optimum = play(game, lambda env, rng: rng.choice(np.flatnonzero(best_actions(env))))
