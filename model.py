@@ -1,5 +1,5 @@
 """The EfficientZero networks, the value transform and the augmentation: tensors in, tensors out, on any device. Then
-what records kernels on a GPU, and at the end what writes and reads files and keeps a run folder.
+what records kernels on a GPU, and at the end the command line, files and run folders of the three scripts.
 
     o_t-3..o_t --h--> s_0 --g(a_t)--> s_1 --g(a_t+1)--> s_2 ...    h  RepresentationNetwork    B  batch
                        |               |                           g  DynamicsNetwork          C  channels of the latent
@@ -13,23 +13,31 @@ code agrees with it, and the released code where not (docs/finetune.md lists eac
 
 import contextlib
 import copy
-import fcntl
+import difflib
 import functools
 import gc
+import math
 import os
 import pickle
 import shlex
+import shutil
 import signal
 import sys
+import textwrap
+import time
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
+from types import SimpleNamespace
 
+import filelock
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from tqdm import tqdm
 
 VALUE_PREFIX_HORIZON = 5  # steps between resets of the LSTM; a test keeps it equal to that of mcts.py
 
@@ -460,6 +468,65 @@ def augment(obs, generator, scale=0.05):
     return shifted.mul_(1 + scale * noise)
 
 
+# --- command line and terminal ---
+def read_flags(cls, description, words=None):
+    """The command line as the flags of the dataclass `cls`, in one namespace: --gamma is args.gamma, in whatever group
+    of --help it stands. words: instead of those of the command line.
+
+    Exits with one line if a flag is unknown, which names the closest ones.
+    """
+    width = shutil.get_terminal_size().columns - 1
+    paragraphs = description.strip().split("\n\n")
+    indent = {"initial_indent": " ", "subsequent_indent": " "}  # without it tyro makes one line of a paragraph
+    wrapped = [x if x.startswith("  ") else textwrap.fill(" ".join(x.split()), width, **indent) for x in paragraphs]
+    options = {"description": "\n\n".join(wrapped), "config": (tyro.conf.OmitArgPrefixes,)}
+    parsed, unknown = tyro.cli(cls, args=words, return_unknown_args=True, **options)
+    flags = {}
+    for name, value in vars(parsed).items():
+        flags |= vars(value) if is_dataclass(value) else {name: value}
+    if unknown:
+        refuse_flag(unknown[0], flags, sys.argv if words is None else words)
+    return SimpleNamespace(**flags)
+
+
+def refuse_flag(word, flags, words):
+    """Exits with one line on a word of the command line that is no flag of `flags`, a dict of names and values."""
+    place = words.index(word)
+    before = words[place - 1].replace("_", "-") if place else ""
+    if not word.startswith("--"):
+        hint = f"{word} belongs to no flag; see --help"
+        if before.startswith("--"):
+            hint = f"{before} is on or off and takes no value: write {before} or --no-{before[2:]}"
+        elif place > 1 and words[place - 2].startswith("--"):
+            hint = f"{word} comes after {words[place - 2]}, which takes one value; see --help"
+        raise SystemExit(f"error: {hint}")
+    flag = word.split("=")[0].replace("_", "-")
+    name = flag[2:].replace("-", "_")
+    if isinstance(flags.get(name), bool):
+        raise SystemExit(f"error: {flag} is on or off and takes no value: write {flag} or --no-{flag[2:]}")
+    initials = [known for known in flags if "".join(part[0] for part in known.split("_")) == name]
+    close = initials or difflib.get_close_matches(name.removeprefix("no_"), flags, 3)
+    meant = " or ".join(f"--{known.replace('_', '-')}" for known in close)
+    raise SystemExit(f"error: there is no flag {flag}; " + (f"did you mean {meant}?" if close else "see --help"))
+
+
+class Progress(tqdm):
+    """A bar in a terminal. In a log file, a line of it every 30 s."""
+
+    shown_at = -math.inf
+
+    def display(self, msg=None, pos=None):
+        if sys.stderr.isatty():
+            super().display(msg, pos)
+        elif time.monotonic() >= self.shown_at + 30:
+            print(self, file=sys.stderr, flush=True)
+            self.shown_at = time.monotonic()
+
+    def clear(self, nolock=False):
+        if sys.stderr.isatty():
+            super().clear(nolock)
+
+
 # --- files and run folders ---
 DAMAGE = zipfile.BadZipFile, zlib.error, pickle.UnpicklingError  # what a damaged file raises besides the usual
 
@@ -501,6 +568,12 @@ def load_file(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise SystemExit(f"error: {path} not found; check its name") from None
+    except NotADirectoryError:
+        file = os.path.dirname(path)
+        folder = os.path.dirname(file) or "."
+        raise SystemExit(f"error: {file} is a file, expected a run folder; give {folder}") from None
+    except IsADirectoryError:
+        raise SystemExit(f"error: {path} is a folder, expected a {path[-4:]} file in it or elsewhere") from None
     except (OSError, EOFError, ValueError, RuntimeError, *DAMAGE) as error:
         reason = " ".join(str(error).split())[:120]
         raise SystemExit(f"error: {path} is damaged, or no file of this project ({reason}); make it again") from None
@@ -542,10 +615,11 @@ def open_run(args, run_dir, may_change):
         if os.listdir(run_dir) and not args.resume:
             hint = "continue the run in it with --resume, or choose another folder"
             raise SystemExit(f"error: --run-dir {run_dir} is not empty; {hint}")
-        lock = open(f"{run_dir}/lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = filelock.FileLock(f"{run_dir}/lock")
+        lock.acquire(timeout=0)
+        print(f"run folder: {run_dir} (Ctrl-C stops; --resume --run-dir {run_dir} goes on)")
     except OSError as error:
-        reason = "is in use by another process" if isinstance(error, BlockingIOError) else error.strerror
+        reason = "is in use by another process" if isinstance(error, filelock.Timeout) else error.strerror
         raise SystemExit(f"error: --run-dir {run_dir}: {reason}; choose another folder") from None
     path = f"{run_dir}/checkpoint.pt"
     checkpoint = load_file(path) if os.path.exists(path) else None

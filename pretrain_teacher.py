@@ -11,14 +11,16 @@ Letters: B batch, m games, K unroll steps, A actions (the 18 ALE ids), R rows of
 The x-axis is updates; there are no environment steps outside evaluation.
 """
 
+import difflib
 import functools
+import glob
 import hashlib
+import importlib.util
 import math
 import os
 import re
 import time
-from dataclasses import dataclass, field, is_dataclass
-from types import SimpleNamespace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import ale_py  # noqa: F401  (importing it registers the games with Gymnasium)
@@ -27,11 +29,10 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-import tyro
 import zstandard
 from ale_py.vector_env import AtariVectorEnv
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 import mcts
 import model
@@ -112,14 +113,6 @@ class Args:
 MAY_CHANGE = {*vars(Run()), "datasets"}  # on --resume; the content of the datasets is compared
 
 
-def flat(args):
-    """All flags in one namespace, in whatever group of --help they stand: --gamma is args.gamma."""
-    flags = {}
-    for name, value in vars(args).items():
-        flags |= vars(value) if is_dataclass(value) else {name: value}
-    return SimpleNamespace(**flags)
-
-
 def check_numbers(args, may_be_zero):
     """Exits with one line if a number is negative, or zero where that makes no sense."""
     for name, value in vars(args).items():
@@ -128,8 +121,13 @@ def check_numbers(args, may_be_zero):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and not lowest <= value < float("inf"):
             raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {lowest} or more")
+    if args.eval_episodes > 1000:  # the seeds from 1000 on are those of self-play
+        raise SystemExit(f"error: --eval-episodes is {args.eval_episodes}, expected 1000 or less; the paper has 32")
     if args.resume and not args.run_dir:
-        raise SystemExit("error: --resume needs the --run-dir that it is to continue; give both")
+        newest = max(glob.glob(f"runs/*__{args.exp_name}__*"), key=os.path.getmtime, default="none in runs/")
+        raise SystemExit(f"error: --resume needs the --run-dir that it is to continue; the newest is {newest}")
+    if args.track and not importlib.util.find_spec("wandb"):
+        raise SystemExit("error: --track needs the package wandb, which is not installed; pip install wandb")
 
 
 def check_games(args, flag, expected):
@@ -162,14 +160,14 @@ def choose_device(args):
     return torch.device("cpu")
 
 
-def make_writer(args, run_name, run_dir, updates):
+def make_writer(args, run_name, updates):
     """TensorBoard in the run folder; what an earlier process logged from `updates` on is dropped by its readers."""
     if args.track:
         import wandb
 
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_name}
         wandb.init(**names, sync_tensorboard=True, config=vars(args), save_code=True)
-    writer = SummaryWriter(run_dir, purge_step=updates)
+    writer = SummaryWriter(args.run_dir, purge_step=updates)
     table = "".join(f"|{key}|{value}|\n" for key, value in vars(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     return writer
@@ -177,18 +175,23 @@ def make_writer(args, run_name, run_dir, updates):
 
 # --- environment ---
 def atari_rom(env_id):
-    """The ROM of `<Game>NoFrameskip-v4` ("ms_pacman" for MsPacman), or None for an id of another form."""
-    if env_id.startswith("ALE/"):
-        hint = f"Atari 100k has neither; use --env-id {env_id[4:].split('-')[0]}NoFrameskip-v4"
-        raise SystemExit(f"error: --env-id {env_id} has sticky actions (0.25) and another frame skip; {hint}")
-    match = re.fullmatch(r"(\w+)NoFrameskip-v4", env_id)
-    if match is None:
+    """The ROM of `<Game>NoFrameskip-v4` ("ms_pacman" for MsPacman), or None for another environment.
+
+    Exits with one line if the id means an Atari game, but is not of this form.
+    """
+    ids = [name for name in gym.registry if name.startswith("ALE/")]
+    roms = {name[4:].removesuffix("-v5"): gym.registry[name].kwargs["game"] for name in ids}
+    if env_id.endswith("NoFrameskip-v4") and env_id.removesuffix("NoFrameskip-v4") in roms:
+        return roms[env_id.removesuffix("NoFrameskip-v4")]
+    if ":" in env_id or env_id in gym.registry and "ale_py" not in gym.registry[env_id].entry_point:
         return None
-    spec = gym.registry.get(f"ALE/{match[1]}-v5")
-    if spec is None:
-        expected = "expected as in MsPacmanNoFrameskip-v4"
-        raise SystemExit(f"error: --env-id {env_id}: ale-py has no game {match[1]}; {expected}")
-    return spec.kwargs["game"]
+    stem = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d+)?$", "", env_id).replace("_", "").lower()
+    games = {game.lower(): game for game in roms}
+    close = difflib.get_close_matches(stem, games, 1, cutoff=0.7)
+    if close:
+        found = "has sticky actions or another frame skip than Atari 100k" if stem in games else "does not exist"
+        raise SystemExit(f"error: --env-id {env_id} {found}; did you mean {games[close[0]]}NoFrameskip-v4?")
+    return None
 
 
 def make_envs(env_id, num_envs, *, life_loss_ends):
@@ -217,18 +220,38 @@ def make_envs(env_id, num_envs, *, life_loss_ends):
             max_num_frames_per_episode=108_000,
         )
     try:
-        envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync")
+        envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync", wrappers=[fit_observations])
     except (gym.error.Error, ImportError) as error:
         expected = "expected <Game>NoFrameskip-v4, or module:Env-v0 with the module's folder on PYTHONPATH"
         raise SystemExit(f"error: --env-id {env_id}: {' '.join(str(error).split())}; {expected}") from None
     obs = envs.single_observation_space
     actions = envs.single_action_space
-    fits = obs.shape == (96, 96, 3) and obs.dtype == np.uint8 and isinstance(actions, gym.spaces.Discrete)
-    if not fits or actions.start != 0 or actions.n > 18:
+    if obs.shape != (96, 96, 3) or not isinstance(actions, gym.spaces.Discrete) or actions.start or actions.n > 18:
         found = " ".join(f"{obs} and {actions}".split())
-        expected = "expected Box(0, 255, (96, 96, 3), uint8) and Discrete(n) with n <= 18; wrap the environment"
+        expected = "expected uint8 images of 1 or 3 channels and Discrete(n) with n <= 18; wrap the environment"
         raise SystemExit(f"error: --env-id {env_id} has {found}; {expected}")
     return envs
+
+
+print_once = functools.cache(print)
+
+
+def fit_observations(env):
+    """Wraps an environment of other images, gray or of another size or channel first, into uint8 [96, 96, 3]."""
+    space = env.observation_space
+    shape = space.shape or ()
+    channels_first = len(shape) == 3 and shape[0] in (1, 3)
+    is_image = len(shape) == 2 or channels_first or len(shape) == 3 and shape[2] in (1, 3)
+    if space.dtype != np.uint8 or not is_image or shape == (96, 96, 3):
+        return env  # it fits, or nothing can make it fit
+
+    def fit(obs):
+        pixels = np.moveaxis(obs, 0, -1) if channels_first else obs
+        pixels = pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels  # Pillow's gray images have no channels
+        return np.asarray(Image.fromarray(pixels).convert("RGB").resize((96, 96), Image.BILINEAR))
+
+    print_once(f"{env.spec.id}: its images {shape} are made (96, 96, 3); the last four are stacked, as for Atari")
+    return gym.wrappers.TransformObservation(env, fit, gym.spaces.Box(0, 255, (96, 96, 3), np.uint8))
 
 
 def legal_actions(env_id):
@@ -554,7 +577,7 @@ def evaluate(search, env_id, max_frames, movie=None):
     """Plays `search.capacity` whole games side by side (seeds 0, 1, ..., full lives, no noise, the most visited action
     or the lowest of several) -> raw returns [episodes], lengths in environment steps [episodes].
 
-    movie: a list that gets the first game's frames (finetune.py).
+    movie: a list that gets each frame of the first game, and the score until then (finetune.py).
     """
     episodes = search.capacity
     rng = np.random.default_rng(0)
@@ -566,26 +589,38 @@ def evaluate(search, env_id, max_frames, movie=None):
     returns = np.zeros(episodes)
     lengths = np.zeros(episodes, np.int64)
     active = np.arange(episodes)
+    if movie is not None:
+        movie.append((frames[0].copy(), 0.0))
+    bar = model.Progress(total=episodes, desc="evaluation", unit="game", leave=False)
     while len(active):
         action = np.zeros(episodes, np.int64)  # finished games leave the search; their actions do not matter
         action[active] = search(stack[active], legal, rng, noise=False).policy.argmax(axis=1)
-        if movie is not None and 0 in active:
-            movie.append(frames[0].copy())
         frames, reward, terminated, truncated, _ = envs.step(action)
         frames = frames.reshape(episodes, 96, 96, 3)
         stack = torch.cat([stack[:, 3:], torch.as_tensor(frames).permute(0, 3, 1, 2).to(device)], dim=1)
         returns[active] += reward[active]
         lengths[active] += 1
+        if movie is not None and 0 in active:
+            movie.append((frames[0].copy(), returns[0]))
         active = active[~(terminated | truncated | (lengths >= max_frames // 4))[active]]
+        bar.set_postfix(steps=lengths.max(), refresh=False)
+        bar.update(episodes - len(active) - bar.n)
+    bar.close()
     envs.close()
     return returns, lengths
+
+
+def short_name(env_id):
+    """A game's name in TensorBoard and in what is printed: "Phoenix", or "Catch-v0" of toy_env:Catch-v0."""
+    return env_id.removesuffix("NoFrameskip-v4").split(":")[-1]
 
 
 def log_evaluation(writer, env_id, env_steps, updates, returns, lengths, suffix=""):
     """The means to TensorBoard and the terminal -> one line per game for evaluations.csv."""
     writer.add_scalar("eval/episodic_return" + suffix, returns.mean(), updates)
     writer.add_scalar("eval/episodic_length" + suffix, lengths.mean(), updates)
-    tqdm.write(f"updates={updates}, env_id={env_id}, evaluation return={returns.mean():.1f} (std {returns.std():.1f})")
+    played = f"return {returns.mean():.1f} (std {returns.std():.1f} of {len(returns)} games)"
+    model.Progress.write(f"update {updates:,}: {short_name(env_id)}, {played}")
     games = enumerate(zip(returns.tolist(), lengths.tolist(), strict=True))
     return "".join(f"{env_steps},{updates},{i},{score},{length},{env_id}\n" for i, (score, length) in games)
 
@@ -633,7 +668,7 @@ def log_diagnostics(writer, search, replay, game, args, updates, suffix=""):
 
 
 if __name__ == "__main__":
-    args = flat(tyro.cli(Args, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))
+    args = model.read_flags(Args, __doc__)
     check_numbers(args, may_be_zero=("seed",))
     check_games(args, "datasets", expected="dataset files; finetune.py --save-dataset writes one")
     E = args.cycle
@@ -648,6 +683,8 @@ if __name__ == "__main__":
     # data setup
     datasets = [read_dataset(path) for path in args.datasets]
     checksums = [data["checksum"] for data in datasets]
+    if len(set(checksums)) < m:
+        raise SystemExit("error: --datasets has a dataset twice; give each once")
     sizes = m * [args.batch_size // m]  # samples of each game in a batch
     replay, games = make_replay(datasets, 0, device)
     env_ids = [game.env_id for game in games]
@@ -698,12 +735,13 @@ if __name__ == "__main__":
         return updates % every < E
 
     # TRY NOT TO MODIFY: start the training
-    writer = make_writer(args, run_name, run_dir, updates)
+    args.run_dir = run_dir
+    writer = make_writer(args, run_name, updates)
     log_every = max(1, min(100, args.num_updates // 100))  # updates
     start_time, start_updates = time.time(), updates
     cycles = range(start_updates, args.num_updates + 1, E)
     # Each cycle begins with what is due before update number `updates`: so the untrained network is evaluated too.
-    for updates in tqdm(cycles, initial=start_updates // E, unit="update", unit_scale=E, disable=None):
+    for updates in model.Progress(cycles, initial=start_updates // E, unit="update", unit_scale=E):
         last = updates == args.num_updates
         evaluating = last or due(args.eval_every)
         if updates > start_updates and (evaluating or due(args.checkpoint_every)):
@@ -720,7 +758,7 @@ if __name__ == "__main__":
             model.refresh(evaluator.net, net)
             for game in games:
                 returns, lengths = evaluate(evaluator, game.env_id, args.eval_max_frames)
-                suffix = f"/{game.env_id}" if m > 1 else ""
+                suffix = f"/{short_name(game.env_id)}" if m > 1 else ""
                 evaluations += log_evaluation(writer, game.env_id, 0, updates, returns, lengths, suffix)
                 scores = scores | {game.env_id: float(returns.mean())}
                 if updates > 0:  # before, nothing has been searched
@@ -789,6 +827,7 @@ if __name__ == "__main__":
         answers = {"policy": replay.policy, "value": replay.value, "score": scores[env_ids[0]]}
         with model.whole_file(f"{run_dir}/targets.npz") as file:
             np.savez_compressed(file, dataset=path, checksum=checksums[0], **answers)
+        print(f"{short_name(env_ids[0])}: return {scores[env_ids[0]]:.1f} after {updates:,} updates")
         print(f"{run_dir}: teacher saved. Next: python distill.py --teachers {run_dir} OTHER_TEACHERS...")
     else:
-        print(f"{run_dir}: model saved. Next: tensorboard --logdir {run_dir}")
+        print(f"{run_dir}: model saved. Next: python benchmark/report.py {run_dir}")

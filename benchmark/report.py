@@ -1,15 +1,22 @@
-"""What the runs of a pipeline did: a table in the terminal, and one figure.
+"""What runs did: a table in the terminal, and one figure.
 
-    python benchmark/report.py runs/teacher-phoenix runs/student runs/xtra-assault --output report.png
+    python benchmark/report.py runs/teacher-phoenix runs/student runs/xtra-phoenix-1 runs/xtra-phoenix-2
 
-Reads what the three scripts write into their run folders: evaluations.csv and the TensorBoard events.
+Reads what the three scripts write into their run folders: evaluations.csv, the flags in model.pt, TensorBoard's events.
+Runs that differ in nothing but their seed are one line of the table, a mean, and one colour of the figure. Random play
+is played here; so is perfect play, where a game has `best_moves` (tests/toy_env.py).
 """
 
 import csv
 import os
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated
 
+import gymnasium as gym
 import matplotlib
 import numpy as np
 
@@ -18,92 +25,181 @@ import matplotlib.pyplot as plt  # noqa: E402
 import tyro  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import finetune  # noqa: E402
+import model  # noqa: E402
+
+COLOURS = ["tab:red", "tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:brown", "tab:pink", "tab:olive"]
+
 
 @dataclass
 class Args:
-    runs: tyro.conf.Positional[tuple[str, ...]]  # run folders, in the order of the table
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # run folders, in the order of the table
+    game: str | None = None  # the game of the figure, as the table calls it; default: that of the last run
+    threshold: float | None = None  # a mean return: the table says after how many environment steps it was reached
     output: str = "report.png"  # the figure to write
 
 
-def game(env_id):
-    """Short name of a game: "Phoenix" for PhoenixNoFrameskip-v4, "Catch-v0" for toy_env:Catch-v0."""
-    return env_id.removesuffix("NoFrameskip-v4").split(":")[-1]
+def method_of(flags):
+    """What the paper calls a run with these flags (Table 1), or the script's --exp-name if it has no name there."""
+    if "num_updates" in flags:
+        return "student" if "teachers" in flags else "teacher"
+    if flags["total_timesteps"] == 0:
+        return "zero-shot"
+    if flags["pretrained"] is None:
+        return "w.o. pretraining" if flags["teachers"] else "EfficientZero"
+    if not flags["cross_task"]:
+        return "w.o. cross-task"
+    return "XTRA" if flags["task_weights"] else "w.o. task weights"
 
 
-def read_evaluations(run):
-    """evaluations.csv -> {game: {updates: (environment steps, mean return)}}, in the order of the file."""
-    games = defaultdict(lambda: defaultdict(list))
-    with open(os.path.join(run, "evaluations.csv")) as file:
+def read_run(folder):
+    """A run folder -> its method, env_ids {game: id}, curves {game: [(environment steps, updates, mean return), ...]},
+    and the scalars {key: (steps, values)} of its TensorBoard events."""
+    path = os.path.join(folder, "evaluations.csv")
+    if not os.path.isfile(path):
+        raise SystemExit(f"error: {folder} holds no evaluations.csv; expected a run folder of the three scripts")
+    returns = defaultdict(list)
+    with open(path) as file:
         for row in csv.DictReader(file):
-            games[game(row["env_id"])][int(row["updates"])].append((int(row["env_steps"]), float(row["return"])))
-    return {
-        name: {updates: tuple(np.mean(played, axis=0)) for updates, played in points.items()}
-        for name, points in games.items()
-    }
-
-
-def read_events(run):
-    """TensorBoard events -> {key: (steps, values)}, and the minutes between the first and the last of them."""
-    events = EventAccumulator(run, size_guidance={"scalars": 0})
+            place = finetune.short_name(row["env_id"]), int(row["env_steps"]), int(row["updates"])
+            returns[place].append(float(row["return"]))
+    curves = defaultdict(list)
+    for (game, env_steps, updates), scores in returns.items():
+        curves[game].append((env_steps, updates, float(np.mean(scores))))
+    info = model.load_model(os.path.join(folder, "model.pt"))[1]
+    env_ids = {finetune.short_name(env_id): env_id for env_id in info["env_ids"]}
+    events = EventAccumulator(folder, size_guidance={"scalars": 0})
     events.Reload()
     scalars = {key: events.Scalars(key) for key in events.Tags()["scalars"]}
-    times = [event.wall_time for series in scalars.values() for event in series]
-    minutes = (max(times) - events.FirstEventTimestamp()) / 60
-    return {key: ([e.step for e in series], [e.value for e in series]) for key, series in scalars.items()}, minutes
+    scalars = {key: ([e.step for e in series], [e.value for e in series]) for key, series in scalars.items()}
+    return SimpleNamespace(method=method_of(info["args"]), env_ids=env_ids, curves=dict(curves), scalars=scalars)
 
 
-def print_table(names, evaluations, minutes):
-    """One line per run and game: mean return of the first and of the last evaluation."""
-    width = max(map(len, names))
-    print(f"\n{'run':<{width}}  {'game':<14}{'return before':>14}{'after':>9}{'env steps':>11}{'updates':>9}{'min':>6}")
-    for name, games, spent in zip(names, evaluations, minutes, strict=True):
-        for env, points in games.items():
-            before, (env_steps, after), updates = next(iter(points.values()))[1], list(points.values())[-1], max(points)
-            print(
-                f"{name:<{width}}  {env:<14}{before:>14.1f}{after:>9.1f}{env_steps:>11,.0f}{updates:>9,}{spent:>6.1f}"
-            )
+def random_play(env_id, games=100):
+    """Mean return of uniformly random legal actions."""
+    envs = finetune.make_envs(env_id, games, life_loss_ends=False)
+    legal = np.flatnonzero(finetune.legal_actions(env_id))
+    rng = np.random.default_rng(0)
+    envs.reset(seed=0)
+    returns = np.zeros(games)
+    active = np.ones(games, bool)
+    while active.any():
+        _, reward, terminated, truncated, _ = envs.step(rng.choice(legal, games))
+        returns += reward * active
+        active &= ~(terminated | truncated)
+    envs.close()
+    return returns.mean()
 
 
-def draw(names, evaluations, scalars, output):
-    """Four panels: returns, losses, the task weights of XTRA, and the gradient cosines that they come from."""
-    figure, panels = plt.subplots(2, 2, figsize=(16, 8), layout="constrained")
-    (returns, losses), (weights, cosines) = panels
-    returns.set(title="Evaluation: mean raw score", ylabel="points")
-    losses.set(title="Training loss: the weighted sum of its four terms", ylabel="loss")
-    weights.set(title="XTRA: weight of each offline game", ylabel="eta (share of cosines above the threshold)")
-    cosines.set(title="XTRA: agreement of each offline game with the target game", ylabel="cosine of the gradients")
+def perfect_play(env_id, games=100):
+    """Mean return of the best moves, or None if the game does not say which they are."""
+    if finetune.atari_rom(env_id) or not hasattr(gym.make(env_id).unwrapped, "best_moves"):
+        return None
+    env = gym.make(env_id).unwrapped
+    total = 0.0
+    for seed in range(games):
+        env.reset(seed=seed)
+        over = False
+        while not over:
+            _, reward, terminated, truncated, _ = env.step(env.action_of(env.best_moves()[0]))
+            total += reward
+            over = terminated or truncated
+    return total / games
+
+
+def steps_to(curve, threshold):
+    """Environment steps of the first evaluation at the threshold or above, or None."""
+    return next((env_steps for env_steps, _, value in curve if value >= threshold), None)
+
+
+def print_table(runs, random, perfect, threshold):
+    """One line for each game and method: means over its seeds. threshold: {game: mean return}, where there is one."""
+    lines = defaultdict(list)
+    for run in runs:
+        for game, curve in run.curves.items():
+            lines[game, run.method].append(curve)
+    columns = f"{'game':<16}{'method':<18}{'seeds':>5}{'zero-shot':>11}{'steps to':>14}{'final':>8}{'updates':>9}"
+    print(f"\n{columns}{'random':>9}{'perfect':>9}")
+    for (game, method), curves in lines.items():
+        zero_shot = np.mean([curve[0][2] for curve in curves])
+        final = np.mean([curve[-1][2] for curve in curves])
+        steps = ""
+        if game in threshold and method not in ("teacher", "student", "zero-shot"):
+            found = [x for x in (steps_to(curve, threshold[game]) for curve in curves) if x is not None]
+            missed = f", {len(curves) - len(found)} never" if len(found) < len(curves) else ""
+            steps = f"{threshold[game]:g}: {np.mean(found):.0f}{missed}" if found else f"{threshold[game]:g}: never"
+        best = "" if perfect[game] is None else f"{perfect[game]:.1f}"
+        line = f"{game:<16}{method:<18}{len(curves):>5}{zero_shot:>11.1f}{steps:>14}{final:>8.1f}{curves[0][-1][1]:>9,}"
+        print(f"{line}{random[game]:>9.1f}{best:>9}")
+    print("zero-shot, final: mean return of the first evaluation, before any update, and of the last")
+
+
+def draw(runs, game, random, perfect, threshold, output):
+    """Returns over environment steps, a thin line for each seed and a thick one for their mean; below, the weights of
+    the offline games and the gradient cosines that they come from."""
+    figure = plt.figure(figsize=(10, 8), layout="constrained")
+    grid = figure.add_gridspec(2, 2, height_ratios=[2, 1])
+    returns = figure.add_subplot(grid[0, :])
+    weights = figure.add_subplot(grid[1, 0])
+    cosines = figure.add_subplot(grid[1, 1], sharex=weights)
+    returns.set(title=game, ylabel="mean return of an evaluation")
+    weights.set(title="XTRA: weight eta of each offline game", ylabel="share of cosines above threshold")
     weights.set_ylim(-0.05, 1.05)
-    cosines.sharex(weights)
-    for name, games, series in zip(names, evaluations, scalars, strict=True):
-        for env, points in games.items():
-            label = name if len(games) == 1 else f"{name}: {env}"
-            returns.plot(list(points), [value for _, value in points.values()], marker="o", label=label)
-        if "losses/loss" in series:
-            losses.plot(*series["losses/loss"], label=name)
-        for key, (steps, values) in series.items():
-            if key.startswith("transfer/task_weight/"):
-                weights.plot(steps, values, drawstyle="steps-post", label=game(key.split("/", 2)[2]))
-            if key.startswith("transfer/grad_cosine/"):
-                cosines.plot(steps, values, ".", label=game(key.split("/", 2)[2]))
-    for axes in panels.flat:
-        axes.set_xlabel("updates (in finetune.py one per environment step, which is 4 frames)")
+    cosines.set(title="XTRA: cosine of the gradients", ylabel="offline game and target game")
+    online = [run for run in runs if game in run.curves and run.method not in ("teacher", "student")]
+    for method, colour in zip(dict.fromkeys(run.method for run in online), COLOURS, strict=False):
+        curves = [np.array(run.curves[game]) for run in online if run.method == method]
+        values = [dict(zip(curve[:, 0], curve[:, 2], strict=True)) for curve in curves]
+        steps = sorted(set.intersection(*map(set, values)))
+        mean = [np.mean([value[step] for value in values]) for step in steps]
+        for curve in curves:
+            returns.plot(curve[:, 0], curve[:, 2], color=colour, linewidth=0.8, alpha=0.5)
+        label = f"{method} ({'1 seed' if len(curves) == 1 else f'mean of {len(curves)} seeds'})"
+        returns.plot(steps, mean, color=colour, linewidth=2.5, marker="o", markersize=4, label=label)
+    levels = {"perfect play": perfect[game], "random play": random[game], "threshold": threshold.get(game)}
+    for name, level in levels.items():
+        if level is not None:
+            style = (
+                {"linestyle": ":", "color": "gray"} if name == "threshold" else {"linestyle": "--", "color": "black"}
+            )
+            returns.axhline(level, linewidth=1, **style)
+            returns.text(1.01, level, name, transform=returns.get_yaxis_transform(), va="center")
+    offline = dict.fromkeys(key.split("/")[-1] for run in online for key in run.scalars if "/task_weight/" in key)
+    for source, colour in zip(offline, COLOURS[3:], strict=False):
+        for run in online:
+            label = source if source not in weights.get_legend_handles_labels()[1] else None
+            if f"transfer/task_weight/{source}" in run.scalars:
+                steps, values = run.scalars[f"transfer/task_weight/{source}"]
+                weights.plot(steps, values, color=colour, drawstyle="steps-post", label=label)
+            if f"transfer/grad_cosine/{source}" in run.scalars:
+                steps, values = run.scalars[f"transfer/grad_cosine/{source}"]
+                cosines.plot(steps, values, ".", color=colour, alpha=0.4)
+    for axes in (returns, weights, cosines):
+        axes.set_xlabel("environment steps" if axes is returns else "updates")
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-        else:
+            axes.legend(fontsize="small")
+        elif not axes.lines:
             axes.text(0.5, 0.5, "not logged by these runs", transform=axes.transAxes, ha="center")
+    os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
     figure.savefig(output, dpi=110)
+    plt.close(figure)
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    for run in args.runs:
-        if not os.path.isfile(os.path.join(run, "evaluations.csv")):
-            raise SystemExit(f"error: {run} holds no evaluations.csv; expected a run folder of the three scripts")
-    names = [os.path.basename(os.path.normpath(run)) for run in args.runs]
-    evaluations = [read_evaluations(run) for run in args.runs]
-    scalars, minutes = zip(*[read_events(run) for run in args.runs], strict=True)
-    print_table(names, evaluations, minutes)
-    draw(names, evaluations, scalars, args.output)
-    print("\nAt toy scale these numbers show that the machinery runs, not the paper's result: 100,000 steps make that.")
-    print(f"{args.output}: figure saved")
+    args = tyro.cli(Args, description=__doc__)
+    if not args.runs:
+        raise SystemExit("error: no run folders; give some, as in python benchmark/report.py runs/*")
+    runs = [read_run(folder) for folder in args.runs]
+    env_ids = {game: env_id for run in runs for game, env_id in run.env_ids.items()}
+    shown = dict.fromkeys(game for run in runs for game in run.curves)
+    random = {game: random_play(env_ids[game]) for game in shown}
+    perfect = {game: perfect_play(env_ids[game]) for game in shown}
+    game = args.game or next(iter(runs[-1].curves))
+    if game not in shown:
+        raise SystemExit(f"error: --game {game} was not played by these runs; choose of {', '.join(shown)}")
+    threshold = {} if args.threshold is None else {game: args.threshold}
+    print_table(runs, random, perfect, threshold)
+    draw(runs, game, random, perfect, threshold, args.output)
+    print(f"{args.output}: figure of {game} saved")

@@ -33,6 +33,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distill
 import finetune
+import model
 import pretrain_teacher
 
 
@@ -133,17 +134,20 @@ def run_blocks(script, plan):
             blocks.append((clock.on, sum(spent.values()), spent))
         clock.on = False
 
-    script.tqdm = cycles
+    progress, model.Progress = model.Progress, cycles
     main = ast.parse(Path(script.__file__).read_text()).body[-1].body
-    loop = [ast.unparse(statement).startswith("for updates in tqdm(") for statement in main].index(True)
+    loop = [ast.unparse(statement).startswith("for updates in model.Progress(") for statement in main].index(True)
     exec(compile(ast.Module(main[: loop + 1], []), script.__file__, "exec"), vars(script))  # variables stay there
+    model.Progress = progress
     return blocks[1:]
 
 
 def measure(name, flags, plan):
     """Runs a case in this process, which is to be a new one -> its row, times in ms per update."""
-    script, cli, stamps = CASES[name][0], tyro.cli, []
-    tyro.cli = lambda *args, **options: cli(*args, args=flags, return_unknown_args=True, **options)[0]
+    script, stamps = CASES[name][0], []
+    read_flags = model.read_flags
+    model.read_flags = lambda cls, description: read_flags(cls, description, flags)
+    model.refuse_flag = lambda *_: None  # flags that only the other scripts have
     blocks = sorted(run_blocks(script, plan), key=lambda block: block[1])
     middle, modes = (plan.repeats - 1) // 2, (True, not script.args.cuda)
     split, plain = [[block for block in blocks if block[0] == timed][middle] for timed in modes]

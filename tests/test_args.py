@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import tyro
+
+import model
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["pretrain_teacher", "distill", "finetune"]
@@ -46,7 +47,7 @@ OTHER = {"transfer": "hg", "policy_target": "actions", "channels": 7, "blocks": 
 
 def parse(script, *words):
     module = importlib.import_module(script)
-    return vars(module.flat(tyro.cli(module.Args, args=words, config=(tyro.conf.OmitArgPrefixes,))))
+    return vars(model.read_flags(module.Args, module.__doc__, words))
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import torch
 from test_resume import ROOT, run
 
 import finetune
+import model
 
 TINY = "--channels 2 --blocks 1 --batch-size 4 --unroll-steps 1 --num-simulations 2 --eval-episodes 1"
 TINY += " --eval-max-frames 4 --no-cuda"
@@ -68,21 +69,32 @@ def work(made, tmp_path, monkeypatch):
     "script, flags, words",
     [
         # games
-        ("finetune.py", "--env-id MsPackmanNoFrameskip-v4", "--env-id MsPackmanNoFrameskip-v4: ale-py has no game"),
-        ("finetune.py", "--env-id ALE/Pong-v5", "--env-id PongNoFrameskip-v4"),
+        ("finetune.py", "--env-id MsPackmanNoFrameskip-v4", "MsPackmanNoFrameskip-v4 does not exist; did you mean MsPacman"),
+        ("finetune.py", "--env-id Pong", "Atari 100k; did you mean PongNoFrameskip-v4?"),
+        ("finetune.py", "--env-id ms_pacman", "Atari 100k; did you mean MsPacmanNoFrameskip-v4?"),
+        ("finetune.py", "--env-id SpaceInvadersDeterministic-v4", "did you mean SpaceInvadersNoFrameskip-v4?"),
+        ("finetune.py", "--env-id PhonixNoFrameskip-v4", "does not exist; did you mean PhoenixNoFrameskip-v4?"),
+        ("finetune.py", "--env-id CartPole-v1", "float32) and Discrete(2); expected uint8 images"),
+        ("finetune.py", "--env-id Nothing-v0", "--env-id Nothing-v0: Environment `Nothing` doesn't exist"),
+        ("finetune.py", "--env-id ALE/Pong-v5", "did you mean PongNoFrameskip-v4?"),
         ("finetune.py", "--env-id nowhere:Catch-v0", "--env-id nowhere:Catch-v0: No module named"),
         ("finetune.py", "--env-id toy_env:Catchh-v0", "--env-id toy_env:Catchh-v0: Environment `Catchh` doesn't exist"),
-        ("finetune.py", "--env-id toy_env:WrongShape-v0", "(84, 84, 1), uint8) and Discrete(18); expected Box(0, 255"),
-        ("finetune.py", "--env-id toy_env:TooManyActions-v0", "and Discrete(19); expected Box(0, 255"),
+        ("finetune.py", "--env-id toy_env:WrongShape-v0", "(84, 84, 4), uint8) and Discrete(18); expected uint8 ima"),
+        ("finetune.py", "--env-id toy_env:TooManyActions-v0", "and Discrete(19); expected uint8 images"),
         ("finetune.py", "--env-id toy_env:Catch-v1", "--env-id toy_env:Catch-v1 is one of the offline games"),
         # folders and files
         ("pretrain_teacher.py", "--datasets nowhere.npz", "nowhere.npz not found"),
-        ("pretrain_teacher.py", "--datasets teacher1", "teacher1 is damaged, or no file of this project"),
+        ("pretrain_teacher.py", "--datasets teacher1", "teacher1 is a folder, expected a her1 file"),
         ("pretrain_teacher.py", "--datasets teacher1/targets.npz", "teacher1/targets.npz has no acted, action"),
         ("distill.py", "--teachers teacher1 nowhere", "nowhere/targets.npz not found"),
         ("distill.py", "--teachers student teacher1", "student/targets.npz not found"),
         ("finetune.py", "--pretrained nowhere", "nowhere/model.pt not found"),
-        ("finetune.py", "--pretrained teacher1", "--pretrained teacher1 names no teachers; give --teachers or --no-cr"),
+        ("finetune.py", "--pretrained teacher1", "--pretrained teacher1 is not a student of distill.py; give a student,"),
+        ("finetune.py", "--pretrained student/model.pt", "student/model.pt is a file, expected a run folder; give st"),
+        ("distill.py", "--teachers teacher1 teacher2/model.pt", "is a file, expected a run folder; give teacher2"),
+        ("distill.py", "--teachers teacher1 ./teacher1", "--teachers has a teacher twice; give each once"),
+        ("finetune.py", "--teachers teacher1 teacher1", "--teachers has a teacher twice; give each once"),
+        ("pretrain_teacher.py", "--datasets data1.npz data1.npz", "--datasets has a dataset twice; give each once"),
         ("finetune.py", "--channels 4", "--channels 4, but --pretrained student has 2; drop the flag"),
         ("finetune.py", "--blocks 4", "--blocks 4, but --pretrained student has 1; drop the flag"),
         ("finetune.py", "--save-dataset data1.npz", "--save-dataset is data1.npz, expected the name of a new .npz"),
@@ -91,10 +103,12 @@ def work(made, tmp_path, monkeypatch):
         ("pretrain_teacher.py", "--run-dir student", "--run-dir student is not empty; continue the run in it with"),
         ("distill.py", "--run-dir data1.npz", "--run-dir data1.npz: File exists; choose another folder"),
         ("finetune.py", "--run-dir data1.npz/run", "--run-dir data1.npz/run: Not a directory; choose another folder"),
-        ("finetune.py", "--resume", "--resume needs the --run-dir"),
+        ("finetune.py", "--resume", "--resume needs the --run-dir that it is to continue; the newest is none in runs/"),
+        ("finetune.py", "--resume --exp-name a", "--resume needs the --run-dir that it is to continue; the newest is"),
         # numbers
         ("pretrain_teacher.py", "--num-updates 0", "--num-updates is 0, expected 1 or more"),
         ("distill.py", "--batch-size 1", "--batch-size is 1, expected 2 or more"),
+        ("finetune.py", "--eval-episodes 100000", "--eval-episodes is 100000, expected 1000 or less"),
         ("finetune.py", "--learning-rate nan", "--learning-rate is nan, expected 0 or more"),
         ("finetune.py", "--total-timesteps -8", "--total-timesteps is -8, expected 0 or more"),
         # flags that do not go together
@@ -129,10 +143,10 @@ def test_what_must_be_given_is_named(work, script, flags, words):
 
 
 def test_every_number_has_a_lowest_value():
-    for name, value in vars(finetune.flat(finetune.Args())).items():
+    for name, value in vars(model.read_flags(finetune.Args, "", [])).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             for wrong in (-1.1, float("nan"), float("inf")) if isinstance(value, float) else (-1, 0):
-                args = finetune.flat(finetune.Args())
+                args = model.read_flags(finetune.Args, "", [])
                 args.extra_updates = 1  # the one default of 0
                 setattr(args, name, wrong)
                 with pytest.raises(SystemExit, match=f"error: --{name.replace('_', '-')} is {wrong}, expected"):
@@ -154,11 +168,34 @@ def test_a_network_of_another_model_py_is_refused(work):
     assert "student/model.pt does not fit model.py: heads differ; use the model.py that wrote it" in line
 
 
-@pytest.mark.parametrize("flags", ["--no-such-flag", "--seed one"])
-def test_a_flag_that_tyro_does_not_know(tmp_path, monkeypatch, capsys, flags):
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--cuda False", "--cuda is on or off and takes no value: write --cuda or --no-cuda"),
+        ("--capture_video=True", "--capture-video is on or off and takes no value: write --capture-video or --no-capt"),
+        ("--envid Pong", "there is no flag --envid; did you mean --env-id?"),
+        ("--num-env 4", "there is no flag --num-env; did you mean --num-envs"),
+        ("--lr 0.1", "there is no flag --lr; did you mean --learning-rate?"),
+        ("--no-track-me", "there is no flag --no-track-me; did you mean --track?"),
+        ("--zzzz", "there is no flag --zzzz; see --help"),
+        ("Pong", "Pong belongs to no flag; see --help"),
+        ("--seed 1 2", "2 comes after --seed, which takes one value; see --help"),
+    ],
+)
+def test_a_word_that_is_no_flag_is_answered_with_the_closest(tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
-    assert run(tmp_path, f"finetune.py {flags}") == 2 and flags.split()[-1] in capsys.readouterr().err
+    assert words in refusal("finetune.py", flags)
+
+
+def test_a_value_of_the_wrong_type_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(tmp_path, "finetune.py --seed one") == 2 and "--seed: invalid literal" in capsys.readouterr().err
     assert contents() == []
+
+
+def test_tracking_without_wandb_is_refused_before_anything_is_loaded(work, monkeypatch):
+    monkeypatch.setattr(finetune.importlib.util, "find_spec", lambda name: None)
+    assert "--track needs the package wandb" in refusal("finetune.py", "--track --pretrained nowhere")
 
 
 @pytest.mark.parametrize(

@@ -149,9 +149,9 @@ def test_an_evaluation_stacks_the_last_four_frames_and_sums_the_rewards():
     player, movie = Player(below_the_block), []
     returns, lengths = evaluate(player, "toy_env:Catch-v0", 108_000, movie)
     assert returns.tolist() == [8, 8, 8] and lengths.tolist() == [16, 16, 16]  # 8 drops of 2 steps
-    assert len(player.seen) == len(movie) == 16
+    assert len(player.seen) == len(movie) - 1 == 16 and movie[-1][1] == 8  # the last frame and score are in it
     for t, obs in enumerate(player.seen):
-        expected = np.concatenate([movie[max(0, t - back)] for back in (3, 2, 1, 0)], axis=2)
+        expected = np.concatenate([movie[max(0, t - back)][0] for back in (3, 2, 1, 0)], axis=2)
         assert (obs[0].permute(1, 2, 0).numpy() == expected).all()
 
 
@@ -171,7 +171,7 @@ def test_an_evaluation_is_logged_as_means_and_one_line_per_game(capsys):
     text = log_evaluation(writer, "A", 30, 20, np.array([10.0, 0.1 + 0.2]), np.array([7, 12]), "/A")
     assert text == "30,20,0,10.0,7,A\n30,20,1,0.30000000000000004,12,A\n"  # all digits
     assert scalars == [("eval/episodic_return/A", 5.15, 20), ("eval/episodic_length/A", 9.5, 20)]
-    assert capsys.readouterr().out == "updates=20, env_id=A, evaluation return=5.2 (std 4.8)\n"
+    assert capsys.readouterr().out == "update 20: A, return 5.2 (std 4.8 of 2 games)\n"
 
 
 @pytest.mark.parametrize("env_id", toy_env.VARIANTS)

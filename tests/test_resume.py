@@ -6,7 +6,6 @@ sums may round differently. Runs that end with a message are made in this proces
 """
 
 import contextlib
-import fcntl
 import os
 import random
 import runpy
@@ -18,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import filelock
 import numpy as np
 import psutil
 import pytest
@@ -184,8 +184,7 @@ def test_how_a_run_is_made_may_change_between_it_and_its_resumption(toy, work):
 
 
 def test_a_run_folder_belongs_to_one_process(work):
-    with open(work / "student" / "lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with filelock.FileLock(work / "student" / "lock"):
         assert "--run-dir student: is in use by another process" in run(work, COMMANDS["student"])
 
 

@@ -404,7 +404,7 @@ class TooManyActions(Catch):
 
 
 class WrongShape(Catch):
-    observation_space = gym.spaces.Box(0, 255, (84, 84, 1), np.uint8)
+    observation_space = gym.spaces.Box(0, 255, (84, 84, 4), np.uint8)  # stacked already
 
 
 for game in (Match, Delay, Rare, Dodge, Gather, Keys, Follow, Lives, Toll, Corridor):
