@@ -185,7 +185,7 @@ def atari_rom(env_id):
     roms = {name[4:].removesuffix("-v5"): gym.registry[name].kwargs["game"] for name in ids}
     if env_id.endswith("NoFrameskip-v4") and env_id.removesuffix("NoFrameskip-v4") in roms:
         return roms[env_id.removesuffix("NoFrameskip-v4")]
-    if ":" in env_id or env_id in gym.registry and "ale_py" not in gym.registry[env_id].entry_point:
+    if ":" in env_id or env_id in gym.registry and "ale_py" not in str(gym.registry[env_id].entry_point):
         return None
     stem = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d+)?$", "", env_id).replace("_", "").lower()
     games = {game.lower(): game for game in roms}

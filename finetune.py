@@ -2,8 +2,8 @@
 """Stage 2 of XTRA: finetune the pretrained student online on a game it has never seen, while still training on the
 offline games, each weighted by how well its gradient agrees with the target game's (XTRA, 3.2).
 
-    python finetune.py --env-id MsPacmanNoFrameskip-v4 --pretrained runs/student --run-dir runs/xtra-mspacman
-    python finetune.py --env-id AlienNoFrameskip-v4 --save-dataset data/alien.npz  # from scratch: EfficientZero
+    python finetune.py --env-id MsPacmanNoFrameskip-v4 --pretrained runs/student
+    python finetune.py --env-id AlienNoFrameskip-v4 --save-dataset data/alien.npz  # from scratch
 
 In: the run folder of `distill.py`; the offline games come with it. Out: a run folder with the agent (model.pt), its
 evaluations, and with --save-dataset what it collected. Without --pretrained this is the EfficientZero baseline.
@@ -227,7 +227,7 @@ def atari_rom(env_id):
     roms = {name[4:].removesuffix("-v5"): gym.registry[name].kwargs["game"] for name in ids}
     if env_id.endswith("NoFrameskip-v4") and env_id.removesuffix("NoFrameskip-v4") in roms:
         return roms[env_id.removesuffix("NoFrameskip-v4")]
-    if ":" in env_id or env_id in gym.registry and "ale_py" not in gym.registry[env_id].entry_point:
+    if ":" in env_id or env_id in gym.registry and "ale_py" not in str(gym.registry[env_id].entry_point):
         return None
     stem = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d+)?$", "", env_id).replace("_", "").lower()
     games = {game.lower(): game for game in roms}

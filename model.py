@@ -491,23 +491,23 @@ def read_flags(cls, description, words=None):
 
 def refuse_flag(word, flags, words):
     """Exits with one line on a word of the command line that is no flag of `flags`, a dict of names and values."""
+    words = [part for x in words for part in (x.split("=", 1) if x.startswith("--") else [x])]  # --flag=value
+    word = word.split("=")[0] if word.startswith("--") else word
     place = words.index(word)
     before = words[place - 1].replace("_", "-") if place else ""
-    if not word.startswith("--"):
-        hint = f"{word} belongs to no flag; see --help"
-        if before.startswith("--"):
-            hint = f"{before} is on or off and takes no value: write {before} or --no-{before[2:]}"
-        elif place > 1 and words[place - 2].startswith("--"):
-            hint = f"{word} comes after {words[place - 2]}, which takes one value; see --help"
-        raise SystemExit(f"error: {hint}")
-    flag = word.split("=")[0].replace("_", "-")
-    name = flag[2:].replace("-", "_")
-    if isinstance(flags.get(name), bool):
-        raise SystemExit(f"error: {flag} is on or off and takes no value: write {flag} or --no-{flag[2:]}")
+    name = word[2:].replace("-", "_")
     initials = [known for known in flags if "".join(part[0] for part in known.split("_")) == name]
     close = initials or difflib.get_close_matches(name.removeprefix("no_"), flags, 3)
-    meant = " or ".join(f"--{known.replace('_', '-')}" for known in close)
-    raise SystemExit(f"error: there is no flag {flag}; " + (f"did you mean {meant}?" if close else "see --help"))
+    if word.startswith("--"):
+        meant = " or ".join(f"--{known.replace('_', '-')}" for known in close)
+        hint = f"there is no flag {word}; " + (f"did you mean {meant}?" if close else "see --help")
+    elif before.startswith("--"):
+        hint = f"{before} is on or off and takes no value: write {before} or --no-{before[2:]}"
+    elif place > 1 and words[place - 2].startswith("--"):
+        hint = f"{word} comes after {words[place - 2]}, which takes one value; see --help"
+    else:
+        hint = f"{word} belongs to no flag; see --help"
+    raise SystemExit(f"error: {hint}")
 
 
 class Progress(tqdm):

@@ -27,7 +27,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import toy_env  # noqa: E402
+import toy_env  # noqa: E402, F401  (importing it registers the games)
 
 import finetune  # noqa: E402
 import mcts  # noqa: E402
@@ -67,7 +67,7 @@ def play(game, choose, episodes=400):
 
 def best_actions(env):
     """Which of the 18 actions are best in the state of a game: bool [A]."""
-    return np.array([toy_env.move(action, env.moves) in env.best_moves() for action in range(18)])
+    return np.isin(np.arange(18), env.best_actions())
 
 
 def run(args, game, seed):

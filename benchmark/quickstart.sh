@@ -1,36 +1,50 @@
 #!/bin/sh
-# The whole pipeline on real Atari at toy scale on the CPU: every stage runs, nothing has time to learn.
+# The paper's claim in miniature, learned while you watch, then every stage once on real Atari. 2 cores, no GPU.
 #     PYTHON=.venv/bin/python sh benchmark/quickstart.sh
-# The same commands without $SMALL and with other games are the paper's runs (README.md).
+# The same commands with other games and without $TOY or $TINY are the paper's runs (README.md).
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
-export OMP_NUM_THREADS=1 # on a shared CPU more threads would wait for each other
-SMALL="--channels 16 --blocks 1 --batch-size 8 --num-simulations 8 --unroll-steps 3
-  --eval-every 200 --eval-episodes 4 --eval-max-frames 800"
+export OMP_NUM_THREADS=1 # two runs at a time, one thread each
+export PYTHONPATH=tests  # the folder of the toy games
 RUN=runs/quickstart-$(date +%Y%m%d-%H%M%S)
+mkdir -p "$RUN"
 started=$(date +%s)
 heading() { printf '\n=== %4d s  %s\n' $(($(date +%s) - started)) "$*"; }
 
-heading "1/5 EfficientZero from scratch, which collects the offline data: Phoenix"
-$PYTHON finetune.py --env-id PhoenixNoFrameskip-v4 --total-timesteps 400 --learning-starts 200 \
-  --save-dataset $RUN/phoenix.npz --run-dir $RUN/efficientzero-phoenix $SMALL
-heading "1/5 EfficientZero from scratch, which collects the offline data: DemonAttack"
-$PYTHON finetune.py --env-id DemonAttackNoFrameskip-v4 --total-timesteps 400 --learning-starts 200 \
-  --save-dataset $RUN/demonattack.npz --run-dir $RUN/efficientzero-demonattack $SMALL
-heading "2/5 teachers: offline, one game each"
-$PYTHON pretrain_teacher.py --datasets $RUN/phoenix.npz --num-updates 200 \
-  --run-dir $RUN/teacher-phoenix $SMALL
-$PYTHON pretrain_teacher.py --datasets $RUN/demonattack.npz --num-updates 200 \
-  --run-dir $RUN/teacher-demonattack $SMALL
-heading "3/5 student: both teachers distilled into one network"
-$PYTHON distill.py --teachers $RUN/teacher-phoenix $RUN/teacher-demonattack \
-  --num-updates 200 --run-dir $RUN/student $SMALL
-heading "4/5 XTRA: the student finetuned on a game it has not seen, its eta measured at updates 200 and 400"
-$PYTHON finetune.py --env-id AssaultNoFrameskip-v4 --pretrained $RUN/student --total-timesteps 504 --learning-starts 200 \
-  --offline-batch-size 8 --similarity-start 200 --similarity-interval 200 --similarity-updates 20 \
-  --run-dir $RUN/xtra-assault $SMALL
-heading "5/5 report"
-$PYTHON benchmark/report.py $RUN/efficientzero-phoenix $RUN/efficientzero-demonattack $RUN/teacher-phoenix \
-  $RUN/teacher-demonattack $RUN/student $RUN/xtra-assault --output $RUN/report.png
-heading "done: $RUN"
+# run NAME SCRIPT FLAGS starts a script in the background, its lines with its name before them
+run() {
+  name=$1
+  shift
+  ("$PYTHON" "$@" --run-dir "$RUN/$name" 2> "$RUN/$name.log" || touch "$RUN/failed") |
+    while IFS= read -r line; do printf '%-21s %s\n' "$name:" "$line"; done &
+}
+# both waits for them
+both() {
+  wait
+  if [ -e "$RUN/failed" ]; then tail -n 3 "$RUN"/*.log; exit 1; fi
+}
+
+TOY="--channels 16 --blocks 1 --batch-size 16 --learning-rate 0.04 --num-simulations 16 --unroll-steps 2 --td-steps 3
+  --eval-episodes 16"
+ONLINE="--learning-starts 96 --target-interval 48 $TOY"
+OFFLINE="--num-updates 160 --eval-every 160 $TOY"
+
+heading "1/7 EfficientZero from scratch on two games, where fruit is to be caught and rocks to be dodged: the offline data"
+run fruit finetune.py --env-id toy_env:Fruit-v0 --save-dataset "$RUN/fruit.npz" --total-timesteps 160 --eval-every 160 $ONLINE
+run rocks finetune.py --env-id toy_env:Rocks-v0 --save-dataset "$RUN/rocks.npz" --total-timesteps 160 --eval-every 160 $ONLINE
+both
+
+heading "2/7 a teacher for each: offline RL on those data"
+run teacher-fruit pretrain_teacher.py --datasets "$RUN/fruit.npz" --target-interval 48 $OFFLINE
+run teacher-rocks pretrain_teacher.py --datasets "$RUN/rocks.npz" --target-interval 48 $OFFLINE
+both
+
+heading "3/7 a student of both teachers; beside it a run from scratch on Storm, where leaves fall too"
+run student distill.py --teachers "$RUN/teacher-fruit" "$RUN/teacher-rocks" $OFFLINE
+run scratch-1 finetune.py --env-id toy_env:Storm-v0 --seed 1 --total-timesteps 416 --eval-every 52 $ONLINE
+both
+
+heading "4/7 the student finetuned on Storm: XTRA, which trains on the offline games too"
+ETA="--offline-batch-size 16 --similarity-start 48 --similarity-interval 48 --similarity-updates 16"
+run xtra-1 finetune.py --env-id toy_env:Storm-v0 --seed 1 --pretrained "$RUN/student" --total-timesteps 208 --eval-every 52 $ETA $ONLINE

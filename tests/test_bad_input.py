@@ -69,7 +69,7 @@ def work(made, tmp_path, monkeypatch):
     "script, flags, words",
     [
         # games
-        ("finetune.py", "--env-id MsPackmanNoFrameskip-v4", "MsPackmanNoFrameskip-v4 does not exist; did you mean MsPacman"),
+        ("finetune.py", "--env-id MsPackmanNoFrameskip-v4", "does not exist; did you mean MsPacmanNoFrameskip-v4?"),
         ("finetune.py", "--env-id Pong", "Atari 100k; did you mean PongNoFrameskip-v4?"),
         ("finetune.py", "--env-id ms_pacman", "Atari 100k; did you mean MsPacmanNoFrameskip-v4?"),
         ("finetune.py", "--env-id SpaceInvadersDeterministic-v4", "did you mean SpaceInvadersNoFrameskip-v4?"),
@@ -89,7 +89,7 @@ def work(made, tmp_path, monkeypatch):
         ("distill.py", "--teachers teacher1 nowhere", "nowhere/targets.npz not found"),
         ("distill.py", "--teachers student teacher1", "student/targets.npz not found"),
         ("finetune.py", "--pretrained nowhere", "nowhere/model.pt not found"),
-        ("finetune.py", "--pretrained teacher1", "--pretrained teacher1 is not a student of distill.py; give a student,"),
+        ("finetune.py", "--pretrained teacher1", "--pretrained teacher1 is not a student of distill.py; give a"),
         ("finetune.py", "--pretrained student/model.pt", "student/model.pt is a file, expected a run folder; give st"),
         ("distill.py", "--teachers teacher1 teacher2/model.pt", "is a file, expected a run folder; give teacher2"),
         ("distill.py", "--teachers teacher1 ./teacher1", "--teachers has a teacher twice; give each once"),

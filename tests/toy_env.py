@@ -1,4 +1,5 @@
-"""Small pixel games with a known best player: the learning bench, and examples of environments of your own.
+"""Small pixel games with a known best player: for the quickstart, the learning bench and tests, and as examples of
+environments of your own.
 
 The module registers the games when it is imported, which Gymnasium does for an id of the form `module:Env-v0`:
 
@@ -19,9 +20,16 @@ Any environment works that has 96x96x3 uint8 observations and Discrete(n) action
 | Lives-v0 | a count of misses | Catch without negative rewards; the third miss ends the game |
 | Toll-v0 | negative rewards | -1 a step on a corridor until its marked end is reached |
 | Corridor-v0 | credit over more steps than the model unrolls | +1 for walking to the end of a corridor, 8 steps long |
+| Fruit-v0 | a game to transfer from | a fruit falls on one of 2 sides: +1 for standing there, else -1 |
+| Rocks-v0 | another one | a rock falls on one of 2 sides: +1 for standing on the other, else -1 |
+| Storm-v0 | a game to transfer to | of 8 rounds 3 have a fruit, 3 a rock, 2 a leaf, which lands on the other side |
 
 The 18 actions are divided evenly among the moves of a game, in this order: `move(action, 3)` is 0 for 0 to 5.
-`best_moves()` says which moves are best in the present state: the perfect player of `benchmark/bench.py`.
+`best_moves()` says which moves are best in the present state, `best_actions()` which of the 18 actions: the perfect
+player of `benchmark/bench.py` and `benchmark/report.py`.
+
+Fruit, Rocks and Storm are the paper's setting in miniature. Who knows the first two plays three quarters of Storm, and
+has never seen a leaf: taken for a fruit it costs a point each time, so Storm begins at half of perfect play.
 """
 
 import warnings
@@ -57,6 +65,9 @@ class Game(gym.Env):
         reward = float(self.play(move(action, self.moves)))
         self.steps_taken += 1
         return self.frame(), reward, self.over, self.steps_taken == self.steps and not self.over, {}
+
+    def best_actions(self):
+        return [action for action in range(18) if move(action, self.moves) in self.best_moves()]
 
     def draw(self, n):
         return int(self.np_random.integers(n))
@@ -320,6 +331,37 @@ class Corridor(Game):
         return cells
 
 
+class Falling(Game):
+    """Something falls. It lands below, but for a leaf, which the wind carries to the other side."""
+
+    steps = 16
+
+    def __init__(self, things):
+        self.things = things  # drawn from evenly
+
+    def start(self):
+        self.player = self.draw(2)
+        self.new_thing()
+
+    def new_thing(self):
+        self.thing, self.side = self.things[self.draw(len(self.things))], self.draw(2)
+
+    def play(self, move):
+        reward = 1 if move in self.best_moves() else -1
+        self.player = move
+        self.new_thing()
+        return reward
+
+    def best_moves(self):
+        return [self.side if self.thing == "fruit" else 1 - self.side]
+
+    def cells(self):
+        cells = np.zeros((4, 2), np.uint8)
+        cells[1, self.side] = {"fruit": 1, "rock": 3, "leaf": 4}[self.thing]
+        cells[3, self.player] = 2
+        return cells
+
+
 COLUMNS, ROWS = 2, 4  # cells of 48 x 24 pixels
 VARIANTS = {  # `fall` in rows per step; of the 18 actions those below `left` and from `right` on move, the others stay
     "Catch-v0": dict(background=(0, 0, 0), block=(255, 255, 255), paddle=(60, 200, 60), fall=2, left=9, right=9),
@@ -339,6 +381,7 @@ class Catch(gym.Env):
     observation_space = gym.spaces.Box(0, 255, (96, 96, 3), np.uint8)
     action_space = gym.spaces.Discrete(18)
     moves = 18  # as far as `best_moves` is concerned
+    best_actions = Game.best_actions
 
     def __init__(self, background, block, paddle, fall, left, right, drops=8):
         self.colours = np.array([background, block, paddle], np.uint8)
@@ -409,6 +452,9 @@ class WrongShape(Catch):
 
 for game in (Match, Delay, Rare, Dodge, Gather, Keys, Follow, Lives, Toll, Corridor):
     gym.register(f"{game.__name__}-v0", entry_point=game)
+for env_id, things in {"Fruit-v0": "fruit", "Rocks-v0": "rock"}.items():
+    gym.register(env_id, entry_point=Falling, kwargs={"things": [things]})
+gym.register("Storm-v0", entry_point=Falling, kwargs={"things": 3 * ["fruit"] + 3 * ["rock"] + 2 * ["leaf"]})
 for env_id, variant in VARIANTS.items():
     gym.register(env_id, entry_point=Catch, kwargs=variant)
 gym.register("NoReward-v0", entry_point=NoReward)
