@@ -849,7 +849,7 @@ def log_diagnostics(writer, search, replay, game, args, updates, suffix=""):
             error = target - getattr(predicted, name)[exists, k - first]
             if len(np.unique(target)) > 1:
                 explained = 1 - np.square(error).mean() / target.var()  # an offset counts as an error
-                writer.add_scalar(f"diagnostics/explained_variance/{name}/{k}{suffix}", explained, updates)
+                writer.add_scalar(f"explained/{name}_{k}{suffix}", explained, updates)
     # Rank correlation of predicted and realised advantage, in the half of the states where Q differs most.
     spread = np.ptp(predicted.q[:, game.legal], axis=1)
     differ = spread >= np.median(spread)

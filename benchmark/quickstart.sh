@@ -12,39 +12,82 @@ mkdir -p "$RUN"
 started=$(date +%s)
 heading() { printf '\n=== %4d s  %s\n' $(($(date +%s) - started)) "$*"; }
 
-# run NAME SCRIPT FLAGS starts a script in the background, its lines with its name before them
+# run NAME SCRIPT FLAGS: each line with the name of its run before it, since two go on at a time
 run() {
   name=$1
   shift
-  ("$PYTHON" "$@" --run-dir "$RUN/$name" 2> "$RUN/$name.log" || touch "$RUN/failed") |
-    while IFS= read -r line; do printf '%-21s %s\n' "$name:" "$line"; done &
+  ("$PYTHON" "$@" --run-dir "$RUN/$name" 2> "$RUN/$name.log" || touch "$RUN/$name.failed") |
+    while IFS= read -r line; do printf '%-15s %s\n' "$name:" "$line"; done
+  [ ! -e "$RUN/$name.failed" ]
 }
-# both waits for them
+# both: waits for what runs in the background, and ends here if a run failed
 both() {
   wait
-  if [ -e "$RUN/failed" ]; then tail -n 3 "$RUN"/*.log; exit 1; fi
+  for failed in "$RUN"/*.failed; do
+    if [ -e "$failed" ]; then tail -n 3 "${failed%.failed}.log" >&2; exit 1; fi
+  done
 }
 
 TOY="--channels 16 --blocks 1 --batch-size 16 --learning-rate 0.04 --num-simulations 16 --unroll-steps 2 --td-steps 3
   --eval-episodes 16"
 ONLINE="--learning-starts 96 --target-interval 48 $TOY"
-OFFLINE="--num-updates 160 --eval-every 160 $TOY"
-
-heading "1/7 EfficientZero from scratch on two games, where fruit is to be caught and rocks to be dodged: the offline data"
-run fruit finetune.py --env-id toy_env:Fruit-v0 --save-dataset "$RUN/fruit.npz" --total-timesteps 160 --eval-every 160 $ONLINE
-run rocks finetune.py --env-id toy_env:Rocks-v0 --save-dataset "$RUN/rocks.npz" --total-timesteps 160 --eval-every 160 $ONLINE
-both
-
-heading "2/7 a teacher for each: offline RL on those data"
-run teacher-fruit pretrain_teacher.py --datasets "$RUN/fruit.npz" --target-interval 48 $OFFLINE
-run teacher-rocks pretrain_teacher.py --datasets "$RUN/rocks.npz" --target-interval 48 $OFFLINE
-both
-
-heading "3/7 a student of both teachers; beside it a run from scratch on Storm, where leaves fall too"
-run student distill.py --teachers "$RUN/teacher-fruit" "$RUN/teacher-rocks" $OFFLINE
-run scratch-1 finetune.py --env-id toy_env:Storm-v0 --seed 1 --total-timesteps 416 --eval-every 52 $ONLINE
-both
-
-heading "4/7 the student finetuned on Storm: XTRA, which trains on the offline games too"
+SOURCE="--total-timesteps 160 --eval-every 160 $ONLINE"
+TEACHER="--num-updates 160 --eval-every 160 --target-interval 48 $TOY"
+STORM="--env-id toy_env:Storm-v0 --eval-every 52 $ONLINE"
 ETA="--offline-batch-size 16 --similarity-start 48 --similarity-interval 48 --similarity-updates 16"
-run xtra-1 finetune.py --env-id toy_env:Storm-v0 --seed 1 --pretrained "$RUN/student" --total-timesteps 208 --eval-every 52 $ETA $ONLINE
+
+heading "1/5 two games with a teacher each: Fruit, which is to be caught, and Rocks, which are to be dodged"
+(
+  run fruit finetune.py --env-id toy_env:Fruit-v0 --save-dataset "$RUN/fruit.npz" $SOURCE
+  run teacher-fruit pretrain_teacher.py --datasets "$RUN/fruit.npz" $TEACHER
+) &
+(
+  run rocks finetune.py --env-id toy_env:Rocks-v0 --save-dataset "$RUN/rocks.npz" $SOURCE
+  run teacher-rocks pretrain_teacher.py --datasets "$RUN/rocks.npz" $TEACHER
+) &
+both
+
+heading "2/5 one student of both; then Storm, where it hails too: XTRA, finetuning alone, and from scratch, 2 seeds each"
+(
+  run student distill.py --teachers "$RUN/teacher-fruit" "$RUN/teacher-rocks" --num-updates 160 --eval-every 160 $TOY
+  run xtra-1 finetune.py --seed 1 --pretrained "$RUN/student" --total-timesteps 208 $ETA $STORM
+  run xtra-2 finetune.py --seed 2 --pretrained "$RUN/student" --total-timesteps 208 $ETA $STORM
+  run alone-1 finetune.py --seed 1 --pretrained "$RUN/student" --no-cross-task --total-timesteps 208 $STORM
+) &
+(
+  run scratch-1 finetune.py --seed 1 --total-timesteps 416 $STORM
+  run scratch-2 finetune.py --seed 2 --total-timesteps 416 $STORM
+  run alone-2 finetune.py --seed 2 --pretrained "$RUN/student" --no-cross-task --total-timesteps 208 $STORM
+) &
+both
+
+TINY="--channels 16 --blocks 1 --batch-size 8 --num-simulations 4 --unroll-steps 2 --eval-episodes 2 --eval-max-frames 400"
+ATARI="--total-timesteps 64 --learning-starts 48 --eval-every 64 $TINY"
+
+heading "3/5 real Atari: every stage runs, nothing has time to learn"
+(
+  run phoenix finetune.py --env-id PhoenixNoFrameskip-v4 --save-dataset "$RUN/phoenix.npz" $ATARI
+  run teacher-phoenix pretrain_teacher.py --datasets "$RUN/phoenix.npz" --num-updates 32 $TINY
+) &
+(
+  run demon finetune.py --env-id DemonAttackNoFrameskip-v4 --save-dataset "$RUN/demonattack.npz" $ATARI
+  run teacher-demon pretrain_teacher.py --datasets "$RUN/demonattack.npz" --num-updates 32 $TINY
+) &
+both
+heading "4/5 and the student on Assault"
+run student-atari distill.py --teachers "$RUN/teacher-phoenix" "$RUN/teacher-demon" --num-updates 32 $TINY
+run xtra-assault finetune.py --env-id AssaultNoFrameskip-v4 --pretrained "$RUN/student-atari" --offline-batch-size 8 \
+  --capture-video $ATARI
+
+heading "5/5 report"
+"$PYTHON" benchmark/report.py "$RUN/fruit" "$RUN/rocks" "$RUN/teacher-fruit" "$RUN/teacher-rocks" "$RUN/student" \
+  "$RUN/xtra-1" "$RUN/xtra-2" "$RUN/alone-1" "$RUN/alone-2" "$RUN/scratch-1" "$RUN/scratch-2" "$RUN/phoenix" "$RUN/demon" \
+  "$RUN/teacher-phoenix" "$RUN/teacher-demon" "$RUN/student-atari" "$RUN/xtra-assault" \
+  --game Storm-v0 --threshold 12 --output "$RUN/report.png"
+
+heading "done. Next, after: source .venv/bin/activate"
+cat << END
+tensorboard --logdir $RUN
+PYTHONPATH=tests python finetune.py --env-id toy_env:Storm-v0 --pretrained $RUN/xtra-1 --total-timesteps 0 --capture-video
+python finetune.py --env-id PhoenixNoFrameskip-v4   # EfficientZero at the paper's size; wants a GPU
+END

@@ -62,8 +62,8 @@ def diagnose(noise, offset=0):
 
 
 def test_explained_variance_is_one_for_the_truth_and_falls_with_noise():
-    keys = [f"explained_variance/value/{k}" for k in range(4)]
-    keys += [f"explained_variance/value_prefix/{k}" for k in range(1, 4)]
+    keys = [f"explained/value_{k}" for k in range(4)]
+    keys += [f"explained/value_prefix_{k}" for k in range(1, 4)]
     perfect, noisy, bad, shifted = [diagnose(*x)[0] for x in ((0,), (0.5,), (3,), (0, 3))]
     for key in keys:
         assert perfect[key] == pytest.approx(1, abs=1e-5), key

@@ -22,14 +22,14 @@ Any environment works that has 96x96x3 uint8 observations and Discrete(n) action
 | Corridor-v0 | credit over more steps than the model unrolls | +1 for walking to the end of a corridor, 8 steps long |
 | Fruit-v0 | a game to transfer from | a fruit falls on one of 2 sides: +1 for standing there, else -1 |
 | Rocks-v0 | another one | a rock falls on one of 2 sides: +1 for standing on the other, else -1 |
-| Storm-v0 | a game to transfer to | of 8 rounds 3 have a fruit, 3 a rock, 2 a leaf, which lands on the other side |
+| Storm-v0 | a game to transfer to | one of 4 rounds has a fruit, one a rock, two have hail: +1 for staying; wind moves the player |
 
 The 18 actions are divided evenly among the moves of a game, in this order: `move(action, 3)` is 0 for 0 to 5.
 `best_moves()` says which moves are best in the present state, `best_actions()` which of the 18 actions: the perfect
 player of `benchmark/bench.py` and `benchmark/report.py`.
 
-Fruit, Rocks and Storm are the paper's setting in miniature. Who knows the first two plays three quarters of Storm, and
-has never seen a leaf: taken for a fruit it costs a point each time, so Storm begins at half of perfect play.
+Fruit, Rocks and Storm are the paper's setting in miniature: who knows the first two knows half of Storm, but has never
+seen hail, nor a game in which it matters on which side the player is. So Storm begins at half of perfect play.
 """
 
 import warnings
@@ -332,12 +332,13 @@ class Corridor(Game):
 
 
 class Falling(Game):
-    """Something falls. It lands below, but for a leaf, which the wind carries to the other side."""
+    """Something falls: a fruit to be caught, a rock to be dodged, or hail on both sides, in which one stays put. Wind
+    blows the player to a side at random before each round."""
 
     steps = 16
 
-    def __init__(self, things):
-        self.things = things  # drawn from evenly
+    def __init__(self, things, windy):
+        self.things, self.windy = things, windy  # things are drawn evenly
 
     def start(self):
         self.player = self.draw(2)
@@ -345,6 +346,7 @@ class Falling(Game):
 
     def new_thing(self):
         self.thing, self.side = self.things[self.draw(len(self.things))], self.draw(2)
+        self.player = self.draw(2) if self.windy else self.player
 
     def play(self, move):
         reward = 1 if move in self.best_moves() else -1
@@ -353,11 +355,14 @@ class Falling(Game):
         return reward
 
     def best_moves(self):
-        return [self.side if self.thing == "fruit" else 1 - self.side]
+        return [{"fruit": self.side, "rock": 1 - self.side, "hail": self.player}[self.thing]]
 
     def cells(self):
         cells = np.zeros((4, 2), np.uint8)
-        cells[1, self.side] = {"fruit": 1, "rock": 3, "leaf": 4}[self.thing]
+        if self.thing == "hail":
+            cells[1] = 4
+        else:
+            cells[1, self.side] = 1 if self.thing == "fruit" else 3
         cells[3, self.player] = 2
         return cells
 
@@ -453,8 +458,9 @@ class WrongShape(Catch):
 for game in (Match, Delay, Rare, Dodge, Gather, Keys, Follow, Lives, Toll, Corridor):
     gym.register(f"{game.__name__}-v0", entry_point=game)
 for env_id, things in {"Fruit-v0": "fruit", "Rocks-v0": "rock"}.items():
-    gym.register(env_id, entry_point=Falling, kwargs={"things": [things]})
-gym.register("Storm-v0", entry_point=Falling, kwargs={"things": 3 * ["fruit"] + 3 * ["rock"] + 2 * ["leaf"]})
+    gym.register(env_id, entry_point=Falling, kwargs={"things": [things], "windy": False})
+storm = {"things": ["fruit", "rock", "hail", "hail"], "windy": True}
+gym.register("Storm-v0", entry_point=Falling, kwargs=storm)
 for env_id, variant in VARIANTS.items():
     gym.register(env_id, entry_point=Catch, kwargs=variant)
 gym.register("NoReward-v0", entry_point=NoReward)
