@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FIVE = ["model.py", "mcts.py", "pretrain_teacher.py", "distill.py", "finetune.py"]
 SCRIPTS = FIVE[2:] + ["benchmark/bench.py", "benchmark/report.py", "benchmark/speed.py"]
 STAGES = [f"docs/{script[:-3]}.md" for script in FIVE[2:]]
-PAGES = ["README.md", *STAGES, "docs/learning.md", "docs/performance.md"]
+PAGES = ["README.md", *STAGES, "docs/fork.md", "docs/learning.md", "docs/performance.md", "docs/running.md"]
 WITH_COMMANDS = [*PAGES, *SCRIPTS, "benchmark/quickstart.sh"]
 ARGS = {script: importlib.import_module(script[:-3].replace("/", ".")).Args for script in SCRIPTS}
 FENCED = r"^```(\w*)\n(.*?)^```$"
@@ -42,8 +42,9 @@ def commands(name):
         inline = re.findall(r"`((?:\w+=\w+ )?python [^`\n]+)`", PROSE[name])
         lines = "\n".join([*blocks(name, "bash"), *inline]).splitlines()
     else:
-        text = re.sub(r"\s*\\?\n  (?=\S)", " ", read(name))  # in a shell script one may go on in the next line
-        lines = text.replace("$PYTHON", "python").splitlines()
+        text = re.sub(r" \\\n +|\n  (?=--)", " ", read(name))  # in a shell script one may go on in the next line
+        text = re.sub(r'"\$PYTHON" (?!"\$@)|^ *run [\w-]+ ', "python ", text, flags=re.M)
+        lines = re.sub(r'"(\$RUN[\w/.-]*)"', r"\1", text).splitlines()
     variables = {"RUN": "runs/x"}
     for line in lines:
         line = re.sub(r"^(srun |until )|; do$| &$", "", line.strip())
@@ -94,11 +95,11 @@ def test_files_and_functions_named_in_the_pages_exist():
 @pytest.mark.parametrize("script", FIVE[2:])
 def test_what_is_logged_is_explained_and_nothing_else(script):
     page, logged = read(f"docs/{script[:-3]}.md"), set()
-    for key in re.findall(r'add_(?:scalar|text)\(f?"([^"]+)"', read(script)):
+    for key in re.findall(r'(?:add_(?:scalar|text)\(f?|tag=)"([^"]+)"', read(script)):
         for term in ("value_prefix", "policy", "value", "consistency") if "{name}_loss" in key else ("",):
-            logged.add(re.sub(r"(/?{[\w.]+})+$", "", key.replace("{name}", term or "{name}")))  # but what varies
+            logged.add(re.sub(r"([/_]?{[^{}]+})+$", "", key.replace("{name}", term or "{name}")))  # but what varies
     rows = re.findall(r"^\| (`\w+/.*?|`hyperparameters`) \|", page, re.M)
-    assert logged == {key for row in rows for key in re.findall(r"`(.+?)(?:/<\w+>)*`", row)}
+    assert logged == {key for row in rows for key in re.findall(r"`(.+?)(?:[/_]?<\w+>)*`", row)}
     assert all(f"`{column}`" in page for column in re.search(r'"(env_steps,[\w,]+)', read(script))[1].split(","))
 
 
@@ -110,11 +111,10 @@ def test_the_differences_are_numbered_without_gaps():
 
 
 def test_sizes():
-    lines = {name: len(read(name).splitlines()) for name in (*FIVE, *WITH_COMMANDS)}
-    assert lines["README.md"] <= 200 and lines["benchmark/quickstart.sh"] <= 40 and lines["benchmark/report.py"] <= 120
+    lines = {name: len(read(name).splitlines()) for name in FIVE}
     stated = {name: int(n) for name, n in re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", read("README.md"), re.M)}
     assert stated == {name: pytest.approx(lines[name], abs=15) for name in FIVE}
-    assert sum(lines[name] for name in FIVE) <= 3670
+    assert sum(lines.values()) <= 3900
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
@@ -125,6 +125,12 @@ def test_nothing_points_outside_the_repository():
     for name in files:
         if (ROOT / name).suffix in {".py", ".md", ".sh", ".txt", ".toml", ".json", ""} and (ROOT / name).is_file():
             assert word.search(read(name)) is None, name
+
+
+@pytest.mark.parametrize("name", ["activation", "entropy", "eta", "gumbel"])
+def test_the_forks_of_the_docs_apply(name):
+    check = ["git", "apply", "--check", f"docs/forks/{name}.diff"]
+    assert subprocess.run(check, cwd=ROOT, capture_output=True, text=True).stderr == ""
 
 
 def test_the_dataset_writer_and_reader_of_the_docs_agree(tmp_path):

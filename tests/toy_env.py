@@ -22,14 +22,14 @@ Any environment works that has 96x96x3 uint8 observations and Discrete(n) action
 | Corridor-v0 | credit over more steps than the model unrolls | +1 for walking to the end of a corridor, 8 steps long |
 | Fruit-v0 | a game to transfer from | a fruit falls on one of 2 sides: +1 for standing there, else -1 |
 | Rocks-v0 | another one | a rock falls on one of 2 sides: +1 for standing on the other, else -1 |
-| Storm-v0 | a game to transfer to | one of 4 rounds has a fruit, one a rock, two have hail: +1 for staying; wind moves the player |
+| Storm-v0 | a game to transfer to | fruit, rocks, and hail: +1 for staying, else -1; wind moves the player between rounds |
 
 The 18 actions are divided evenly among the moves of a game, in this order: `move(action, 3)` is 0 for 0 to 5.
 `best_moves()` says which moves are best in the present state, `best_actions()` which of the 18 actions: the perfect
 player of `benchmark/bench.py` and `benchmark/report.py`.
 
-Fruit, Rocks and Storm are the paper's setting in miniature: who knows the first two knows half of Storm, but has never
-seen hail, nor a game in which it matters on which side the player is. So Storm begins at half of perfect play.
+Fruit, Rocks and Storm are the paper's setting in miniature: who knows the first two knows two thirds of Storm, but
+has never seen hail, nor a game in which it matters on which side the player is. So Storm begins at two thirds.
 """
 
 import warnings
@@ -459,7 +459,7 @@ for game in (Match, Delay, Rare, Dodge, Gather, Keys, Follow, Lives, Toll, Corri
     gym.register(f"{game.__name__}-v0", entry_point=game)
 for env_id, things in {"Fruit-v0": "fruit", "Rocks-v0": "rock"}.items():
     gym.register(env_id, entry_point=Falling, kwargs={"things": [things], "windy": False})
-storm = {"things": ["fruit", "rock", "hail", "hail"], "windy": True}
+storm = {"things": ["fruit", "rock", "hail"], "windy": True}
 gym.register("Storm-v0", entry_point=Falling, kwargs=storm)
 for env_id, variant in VARIANTS.items():
     gym.register(env_id, entry_point=Catch, kwargs=variant)
