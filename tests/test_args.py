@@ -95,3 +95,31 @@ def test_underscores_and_hyphens_both_work(script):
             words[joint].append(flag.replace("_", joint))
             words[joint] += [] if isinstance(value, bool) else value if isinstance(value, tuple) else [str(value)]
     assert parse(script, *words["_"]) == values and parse(script, *words["-"]) == values
+
+
+def test_in_a_log_file_the_bar_is_a_line_every_30_seconds(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(model.time, "monotonic", lambda: now)
+    bar = model.Progress(total=20, unit="update", mininterval=0, miniters=1)
+    for _ in range(20):
+        now += 10
+        bar.update()
+        model.Progress.write("a line of the run")
+    bar.close()
+    out, err = capsys.readouterr()
+    assert out == 20 * "a line of the run\n"  # and nothing that would clear a bar
+    done = [line.split("|")[2].split()[0] for line in err.strip().splitlines()]
+    assert "\r" not in err and done == ["0/20", "3/20", "6/20", "9/20", "12/20", "15/20", "18/20"]
+
+
+@pytest.mark.parametrize("columns", [60, 100, 160])
+def test_help_is_wrapped_between_words(columns):
+    environment = os.environ | {"COLUMNS": str(columns), "NO_COLOR": "1"}
+    command = [sys.executable, str(ROOT / "finetune.py"), "--help"]
+    text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    about = text.split("╭")[0]
+    commands = [line for line in about.splitlines() if line.startswith("    ")]
+    assert len(commands) == 2 and max(map(len, commands)) < 100  # not wrapped: they are to be pasted
+    assert max(len(line) for line in text.splitlines() if line not in commands) <= columns
+    words, expected = (" ".join(x.split()) for x in (about, importlib.import_module("finetune").__doc__))
+    assert words.endswith(expected)

@@ -1,7 +1,7 @@
-"""The project's claim in miniature: agents learn Catch from pixels, and transfer saves environment steps.
+"""The project's claim in miniature: a student of two small games learns a third one in far fewer environment steps.
 
-Every run is a command line of the scripts, two at a time, one thread each. The numbers of every seed are printed:
-`pytest -s tests/test_learning.py` shows them.
+The games, flags and lengths are those of benchmark/quickstart.sh; docs/learning.md lists ten seeds of each run. Every
+run is a command line of the scripts, two at a time, one thread each: `pytest -s tests/test_learning.py` shows them.
 """
 
 import os
@@ -14,15 +14,18 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = "--channels 16 --blocks 1 --batch-size 16 --learning-rate 0.04 --num-simulations 16 --unroll-steps 2"
-SMALL += " --td-steps 3 --eval-episodes 16"
+TOY = "--channels 16 --blocks 1 --batch-size 16 --learning-rate 0.04 --num-simulations 16 --unroll-steps 2 --td-steps 3"
+TOY += " --eval-episodes 16"
 # Targets come from a network of one to two intervals ago: with the default of 200 updates, runs as short as these
 # would spend half of their updates or more on what an untrained network says.
-ONLINE = "finetune.py --target-interval 48 --num-envs 4 --learning-starts 100 --env-id toy_env:"
-OFFLINE = "--offline-batch-size 16 --similarity-start 100 --similarity-interval 100 --similarity-updates 20"
-SOURCES, TARGET, SEEDS = ["Catch-v0", "Catch-v1"], "Catch-v2", [1, 2, 3]
-THRESHOLD = 5.0  # of 8; the mean of 16 random games is 0 +- 0.7
-SCRATCH_STEPS, XTRA_STEPS = 800, 200
+ONLINE = "finetune.py --learning-starts 96 --target-interval 48"
+SOURCE = f"{ONLINE} --total-timesteps 160 --eval-every 160"
+TEACHER = "pretrain_teacher.py --num-updates 160 --eval-every 160 --target-interval 48"
+STUDENT = "distill.py --num-updates 160 --eval-every 160 --teachers teacher-fruit teacher-rocks"
+STORM = f"{ONLINE} --env-id toy_env:Storm-v0 --eval-every 52"
+ETA = "--offline-batch-size 16 --similarity-start 48 --similarity-interval 48 --similarity-updates 16"
+XTRA = f"{STORM} --total-timesteps 208 --pretrained student {ETA}"
+THRESHOLD = 12.0  # of 16; the mean of 16 random games is 0 +- 1
 
 
 def run_all(folder, commands):
@@ -31,7 +34,7 @@ def run_all(folder, commands):
 
     def start(run_dir):
         script, flags = commands[run_dir].split(" ", 1)
-        words = f"{ROOT}/{script} {SMALL} {flags} --run-dir {run_dir}".split()
+        words = f"{ROOT}/{script} {TOY} {flags} --run-dir {run_dir}".split()
         done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
 
@@ -40,17 +43,12 @@ def run_all(folder, commands):
 
 
 def curve(run_dir):
-    """Mean return of each evaluation: [(env_steps, return), ...]; the first updates share their environment steps."""
+    """Mean return of each evaluation of a run of one game: [(env_steps, return), ...]."""
     columns = np.loadtxt(run_dir / "evaluations.csv", delimiter=",", skiprows=1, usecols=(0, 1, 3))
     points = {(env_steps, updates): [] for env_steps, updates, _ in columns}
     for env_steps, updates, score in columns:
         points[env_steps, updates].append(score)
     return [(int(env_steps), float(np.mean(scores))) for (env_steps, _), scores in points.items()]
-
-
-def steps_to_threshold(points, limit):
-    """Environment steps of the first evaluation at THRESHOLD or above; the limit if there is none."""
-    return next((steps for steps, value in points if value >= THRESHOLD), limit)
 
 
 def curves(folder, names):
@@ -60,38 +58,51 @@ def curves(folder, names):
     return found
 
 
-def scratch(seeds):
-    flags = f"{ONLINE}{TARGET} --eval-every 100 --total-timesteps {SCRATCH_STEPS} --seed"
-    return {f"scratch-{seed}": f"{flags} {seed}" for seed in seeds}
+def steps_to_threshold(points):
+    """Environment steps of the first evaluation at THRESHOLD or above, or None."""
+    return next((steps for steps, value in points if value >= THRESHOLD), None)
 
 
-def test_efficientzero_learns_small_games_from_pixels_with_every_seed(tmp_path):
-    """Catch-v2 (8 is perfect) in 800 steps, Rare-v0 (8 is perfect) in 400; docs/learning.md has ten seeds of each."""
-    flags = "--learning-starts 100 --num-envs 4 --eval-every 400 --seed"
-    runs = {
-        f"catch-{seed}": f"finetune.py --env-id toy_env:Catch-v2 --total-timesteps 800 {flags} {seed}"
-        for seed in (4, 5)
-    }
-    rare = "finetune.py --env-id toy_env:Rare-v0 --total-timesteps 400 --target-interval 48"
-    runs |= {"rare-1": f"{rare} {flags} 1"}
-    run_all(tmp_path, runs)
-    for name, points in curves(tmp_path, runs).items():
-        assert points[-1][1] >= 7, name
+def pretrain(folder, beside):
+    """The two games' data, their teachers and the student; `beside`: commands that run while the student learns."""
+    games = {"fruit": "Fruit-v0", "rocks": "Rocks-v0"}
+    sources = {name: f"{SOURCE} --env-id toy_env:{game} --save-dataset {name}.npz" for name, game in games.items()}
+    run_all(folder, sources)
+    run_all(folder, {f"teacher-{name}": f"{TEACHER} --datasets {name}.npz" for name in games})
+    run_all(folder, {"student": STUDENT} | beside)
+    return curves(folder, sources)
+
+
+def test_xtra_learns_an_unseen_game_in_less_than_half_of_the_steps_from_scratch(tmp_path):
+    scratch = {"scratch-1": f"{STORM} --total-timesteps 208 --seed 1"}
+    sources = pretrain(tmp_path, scratch)
+    xtra = {f"xtra-{seed}": f"{XTRA} --seed {seed}" for seed in (1, 2)}
+    run_all(tmp_path, xtra)
+    for name, points in sources.items():  # EfficientZero from scratch
+        assert points[-1][1] >= 12, name
+    for name, points in curves(tmp_path, xtra).items():
+        zero_shot = points[0][1]
+        assert 4 <= zero_shot <= 12, name
+        assert steps_to_threshold(points) <= 104, name
+    (points,) = curves(tmp_path, scratch).values()
+    assert steps_to_threshold(points) is None  # in 208 steps
+
+
+def test_efficientzero_learns_when_to_act(tmp_path):
+    """Rare-v0, 8 is perfect, random play 0; docs/learning.md has ten seeds."""
+    rare = f"{ONLINE} --env-id toy_env:Rare-v0 --num-envs 4 --total-timesteps 400 --eval-every 400 --seed 1"
+    run_all(tmp_path, {"rare-1": rare})
+    assert curves(tmp_path, ["rare-1"])["rare-1"][-1][1] >= 7
 
 
 @pytest.mark.faults
-def test_transfer_takes_clearly_fewer_environment_steps(tmp_path):
-    run_all(tmp_path, {game: f"{ONLINE}{game} --total-timesteps 600 --save-dataset {game}.npz" for game in SOURCES})
-    teach = "pretrain_teacher.py --target-interval 48 --num-updates 704 --datasets"
-    run_all(tmp_path, {f"teacher-{game}": f"{teach} {game}.npz" for game in SOURCES})
-    student = {"student": "distill.py --num-updates 504 --teachers teacher-Catch-v0 teacher-Catch-v1"}
-    run_all(tmp_path, student | scratch(SEEDS))
-    xtra = f"{ONLINE}{TARGET} --eval-every 50 --total-timesteps {XTRA_STEPS} --pretrained student {OFFLINE} --seed"
-    xtra = {f"xtra-{seed}": f"{xtra} {seed}" for seed in SEEDS}
-    run_all(tmp_path, xtra)
-    found = {"EfficientZero": curves(tmp_path, scratch(SEEDS)), "XTRA": curves(tmp_path, xtra)}
-    limit = {"EfficientZero": SCRATCH_STEPS, "XTRA": XTRA_STEPS}
-    steps = {name: [steps_to_threshold(x, limit[name]) for x in found[name].values()] for name in found}
+def test_from_scratch_the_same_return_takes_more_than_twice_the_steps_in_the_mean_of_five_seeds(tmp_path):
+    seeds = (1, 2, 3, 4, 5)
+    scratch = {f"scratch-{seed}": f"{STORM} --total-timesteps 832 --seed {seed}" for seed in seeds}
+    pretrain(tmp_path, {})
+    xtra = {f"xtra-{seed}": f"{XTRA} --seed {seed}" for seed in seeds}
+    run_all(tmp_path, scratch | xtra)
+    found = {"EfficientZero": curves(tmp_path, scratch), "XTRA": curves(tmp_path, xtra)}
+    steps = {name: [steps_to_threshold(points) for points in runs.values()] for name, runs in found.items()}
     print(f"environment steps to a return of {THRESHOLD}: {steps}")
-    assert all(max(value for _, value in points) >= THRESHOLD for points in found["XTRA"].values())
-    assert np.mean(steps["XTRA"]) <= 0.5 * np.mean(steps["EfficientZero"])
+    assert np.mean(steps["XTRA"]) <= 0.5 * np.mean(steps["EfficientZero"])  # None, which is never, is an error here

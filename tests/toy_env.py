@@ -22,7 +22,7 @@ Any environment works that has 96x96x3 uint8 observations and Discrete(n) action
 | Corridor-v0 | credit over more steps than the model unrolls | +1 for walking to the end of a corridor, 8 steps long |
 | Fruit-v0 | a game to transfer from | a fruit falls on one of 2 sides: +1 for standing there, else -1 |
 | Rocks-v0 | another one | a rock falls on one of 2 sides: +1 for standing on the other, else -1 |
-| Storm-v0 | a game to transfer to | fruit, rocks, and hail: +1 for staying, else -1; wind moves the player between rounds |
+| Storm-v0 | a game to transfer to | fruit, rocks, and hail, +1 for staying, else -1; wind moves the player |
 
 The 18 actions are divided evenly among the moves of a game, in this order: `move(action, 3)` is 0 for 0 to 5.
 `best_moves()` says which moves are best in the present state, `best_actions()` which of the 18 actions: the perfect
