@@ -47,7 +47,7 @@ heading "1/5 two games with a teacher each: Fruit, which is to be caught, and Ro
 ) &
 both
 
-heading "2/5 one student of both; then Storm, where it hails too: XTRA, finetuning alone, and from scratch, 2 seeds each"
+heading "2/5 one student of both, then Storm, where it hails too: XTRA, finetuning alone, and from scratch"
 (
   run student distill.py --teachers "$RUN/teacher-fruit" "$RUN/teacher-rocks" --num-updates 160 --eval-every 160 $TOY
   run xtra-1 finetune.py --seed 1 --pretrained "$RUN/student" --total-timesteps 208 $ETA $STORM
@@ -61,7 +61,8 @@ heading "2/5 one student of both; then Storm, where it hails too: XTRA, finetuni
 ) &
 both
 
-TINY="--channels 16 --blocks 1 --batch-size 8 --num-simulations 4 --unroll-steps 2 --eval-episodes 2 --eval-max-frames 400"
+TINY="--channels 16 --blocks 1 --batch-size 8 --num-simulations 4 --unroll-steps 2 --eval-episodes 2
+  --eval-max-frames 400"
 ATARI="--total-timesteps 64 --learning-starts 48 --eval-every 64 $TINY"
 
 heading "3/5 real Atari: every stage runs, nothing has time to learn"
@@ -80,14 +81,17 @@ run xtra-assault finetune.py --env-id AssaultNoFrameskip-v4 --pretrained "$RUN/s
   --capture-video $ATARI
 
 heading "5/5 report"
-"$PYTHON" benchmark/report.py "$RUN/fruit" "$RUN/rocks" "$RUN/teacher-fruit" "$RUN/teacher-rocks" "$RUN/student" \
-  "$RUN/xtra-1" "$RUN/xtra-2" "$RUN/alone-1" "$RUN/alone-2" "$RUN/scratch-1" "$RUN/scratch-2" "$RUN/phoenix" "$RUN/demon" \
-  "$RUN/teacher-phoenix" "$RUN/teacher-demon" "$RUN/student-atari" "$RUN/xtra-assault" \
-  --game Storm-v0 --threshold 12 --output "$RUN/report.png"
+set -- # the run folders, in the order of the table
+for name in fruit rocks teacher-fruit teacher-rocks student xtra-1 xtra-2 alone-1 alone-2 scratch-1 scratch-2 \
+  phoenix demon teacher-phoenix teacher-demon student-atari xtra-assault; do
+  set -- "$@" "$RUN/$name"
+done
+"$PYTHON" benchmark/report.py "$@" --game Storm-v0 --threshold 12 --output "$RUN/report.png"
 
 heading "done. Next, after: source .venv/bin/activate"
 cat << END
 tensorboard --logdir $RUN
-PYTHONPATH=tests python finetune.py --env-id toy_env:Storm-v0 --pretrained $RUN/xtra-1 --total-timesteps 0 --capture-video
+PYTHONPATH=tests python finetune.py --env-id toy_env:Storm-v0 --pretrained $RUN/xtra-1 --total-timesteps 0 \
+  --capture-video
 python finetune.py --env-id PhoenixNoFrameskip-v4   # EfficientZero at the paper's size; wants a GPU
 END

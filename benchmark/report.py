@@ -4,7 +4,7 @@
 
 Reads what the three scripts write into their run folders: evaluations.csv, the flags in model.pt, TensorBoard's events.
 Runs that differ in nothing but their seed are one line of the table, a mean, and one colour of the figure. Random play
-is played here; so is perfect play, where a game has `best_moves` (tests/toy_env.py).
+is played here; so is perfect play, where a game has `best_actions` (tests/toy_env.py).
 """
 
 import csv
@@ -41,7 +41,7 @@ class Args:
 
 
 def method_of(flags):
-    """What the paper calls a run with these flags (Table 1), or the script's --exp-name if it has no name there."""
+    """What the paper calls a run with these flags (Table 1)."""
     if "num_updates" in flags:
         return "student" if "teachers" in flags else "teacher"
     if flags["total_timesteps"] == 0:
@@ -73,28 +73,32 @@ def read_run(folder):
     events.Reload()
     scalars = {key: events.Scalars(key) for key in events.Tags()["scalars"]}
     scalars = {key: ([e.step for e in series], [e.value for e in series]) for key, series in scalars.items()}
-    return SimpleNamespace(method=method_of(info["args"]), env_ids=env_ids, curves=dict(curves), scalars=scalars)
+    flags = info["args"]
+    run = {"method": method_of(flags), "max_frames": flags["eval_max_frames"], "env_ids": env_ids}
+    return SimpleNamespace(**run, curves=dict(curves), scalars=scalars)
 
 
-def random_play(env_id, games=100):
-    """Mean return of uniformly random legal actions."""
+def random_play(env_id, max_frames, games=32):
+    """Mean return of uniformly random legal actions, in games that are cut where those of an evaluation are."""
     envs = finetune.make_envs(env_id, games, life_loss_ends=False)
     legal = np.flatnonzero(finetune.legal_actions(env_id))
     rng = np.random.default_rng(0)
     envs.reset(seed=0)
     returns = np.zeros(games)
     active = np.ones(games, bool)
-    while active.any():
+    for _ in range(max_frames // 4):
         _, reward, terminated, truncated, _ = envs.step(rng.choice(legal, games))
         returns += reward * active
         active &= ~(terminated | truncated)
+        if not active.any():
+            break
     envs.close()
     return returns.mean()
 
 
 def perfect_play(env_id, games=100):
-    """Mean return of the best moves, or None if the game does not say which they are."""
-    if finetune.atari_rom(env_id) or not hasattr(gym.make(env_id).unwrapped, "best_moves"):
+    """Mean return of the best actions, or None if the game does not say which they are."""
+    if finetune.atari_rom(env_id) or not hasattr(gym.make(env_id).unwrapped, "best_actions"):
         return None
     env = gym.make(env_id).unwrapped
     total = 0.0
@@ -102,7 +106,7 @@ def perfect_play(env_id, games=100):
         env.reset(seed=seed)
         over = False
         while not over:
-            _, reward, terminated, truncated, _ = env.step(env.action_of(env.best_moves()[0]))
+            _, reward, terminated, truncated, _ = env.step(env.best_actions()[0])
             total += reward
             over = terminated or truncated
     return total / games
@@ -194,11 +198,12 @@ if __name__ == "__main__":
     runs = [read_run(folder) for folder in args.runs]
     env_ids = {game: env_id for run in runs for game, env_id in run.env_ids.items()}
     shown = dict.fromkeys(game for run in runs for game in run.curves)
-    random = {game: random_play(env_ids[game]) for game in shown}
-    perfect = {game: perfect_play(env_ids[game]) for game in shown}
     game = args.game or next(iter(runs[-1].curves))
     if game not in shown:
         raise SystemExit(f"error: --game {game} was not played by these runs; choose of {', '.join(shown)}")
+    max_frames = {game: max(run.max_frames for run in runs if game in run.curves) for game in shown}
+    random = {game: random_play(env_ids[game], max_frames[game]) for game in shown}
+    perfect = {game: perfect_play(env_ids[game]) for game in shown}
     threshold = {} if args.threshold is None else {game: args.threshold}
     print_table(runs, random, perfect, threshold)
     draw(runs, game, random, perfect, threshold, args.output)

@@ -43,7 +43,8 @@ def commands(name):
         lines = "\n".join([*blocks(name, "bash"), *inline]).splitlines()
     else:
         text = re.sub(r" \\\n +|\n  (?=--)", " ", read(name))  # in a shell script one may go on in the next line
-        text = re.sub(r'"\$PYTHON" (?!"\$@)|^ *run [\w-]+ ', "python ", text, flags=re.M)
+        text = re.sub(r'.*"\$@".*', "", text)  # what a function or a loop puts together
+        text = re.sub(r'"\$PYTHON" |^ *run [\w-]+ ', "python ", text, flags=re.M)
         lines = re.sub(r'"(\$RUN[\w/.-]*)"', r"\1", text).splitlines()
     variables = {"RUN": "runs/x"}
     for line in lines:

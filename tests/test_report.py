@@ -1,0 +1,84 @@
+"""benchmark/report.py: its table on runs whose numbers are known, and its answers to wrong input."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from model import EfficientZeroNet, ModelConfig, save_model
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = {"pretrained": None, "teachers": (), "total_timesteps": 100, "cross_task": True, "task_weights": True}
+FLAGS |= {"seed": 1, "eval_max_frames": 108_000}
+RETURNS = {0: [0, 2], 50: [4, 6], 100: [10, 14]}  # environment steps: two games each
+
+
+@pytest.fixture
+def report(tmp_path):
+    def report(*words):
+        command = [sys.executable, str(ROOT / "benchmark/report.py"), *words]
+        environment = {"PYTHONPATH": str(ROOT / "tests"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    return report
+
+
+def make_run(folder, better=0, returns=RETURNS, scalars=True, **flags):
+    """A run folder of finetune.py on Storm, whose returns are those of RETURNS and `better`."""
+    folder.mkdir()
+    with open(folder / "evaluations.csv", "w") as file:
+        rows = csv.writer(file)
+        rows.writerow(["env_steps", "updates", "episode", "return", "length", "env_id"])
+        for steps, scores in returns.items():
+            rows.writerows([steps, steps, i, x + better, 16, "toy_env:Storm-v0"] for i, x in enumerate(scores))
+    net = EfficientZeroNet(ModelConfig.of_width(2, 1))
+    save_model(str(folder / "model.pt"), net, args=FLAGS | flags, env_ids=["toy_env:Storm-v0", "toy_env:Fruit-v0"])
+    if scalars:
+        writer = SummaryWriter(folder)
+        writer.add_scalar("transfer/task_weight/Fruit-v0", 0.5, 50)
+        writer.add_scalar("transfer/grad_cosine/Fruit-v0", 0.2, 50)
+        writer.close()
+
+
+def test_seeds_of_a_method_are_one_line_beside_random_and_perfect_play(tmp_path, report):
+    make_run(tmp_path / "a", seed=1)
+    make_run(tmp_path / "b", seed=2, better=-2)
+    make_run(tmp_path / "c", pretrained="student", better=5)
+    make_run(tmp_path / "d", pretrained="student", cross_task=False, better=-9, scalars=False)
+    status, out, err = report("a", "b", "c", "d", "--threshold", "9", "--output", "new/folder/figure.png")
+    assert status == 0, err
+    lines = {" ".join(line.split()[1:-6]): line.split() for line in out.splitlines() if line.startswith("Storm")}
+    # seeds, zero-shot, threshold: steps, final, updates, random, perfect; a reaches 9 after 100 steps, b too
+    assert lines["EfficientZero 2 0.0"][-6:-2] == ["9:", "100", "11.0", "100"]
+    assert lines["XTRA 1 6.0"][-6:-2] == ["9:", "50", "17.0", "100"]
+    assert lines["w.o. cross-task 1 -8.0"][-6:-2] == ["9:", "never", "3.0", "100"]
+    random, perfect = (float(x) for x in lines["XTRA 1 6.0"][-2:])
+    assert abs(random) < 1.5 and perfect == 16
+    assert Image.open(tmp_path / "new/folder/figure.png").size[0] > 500
+
+
+def test_a_run_that_was_only_evaluated_and_one_without_scalars(tmp_path, report):
+    make_run(tmp_path / "zero-shot", returns={0: [4, 6]}, scalars=False, pretrained="student", total_timesteps=0)
+    status, out, err = report("zero-shot")
+    assert status == 0, err
+    assert out.splitlines()[2].split()[:6] == ["Storm-v0", "zero-shot", "1", "5.0", "5.0", "0"]
+    assert (tmp_path / "report.png").exists()
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ([], "error: no run folders; give some"),
+        (["nowhere"], "error: nowhere holds no evaluations.csv; expected a run folder"),
+        (["run", "--game", "Pong"], "error: --game Pong was not played by these runs; choose of Storm-v0"),
+    ],
+)
+def test_wrong_input_is_answered_in_one_line(tmp_path, report, words, expected):
+    make_run(tmp_path / "run")
+    status, out, err = report(*words)
+    assert status == 1 and err.startswith(expected) and err.count("\n") == 1
