@@ -426,7 +426,7 @@ def make_replay(datasets, extra_rows, device):
     if device.type == "cpu" and num_bytes > free:
         found = f"the frames take {num_bytes / 1e9:.1f} GB, but {free / 1e9:.1f} GB of memory are free"
         raise SystemExit(f"error: {found}; store fewer steps or games, or close other programs")
-    print(f"frames: {num_bytes / 1e9:.1f} GB {'on the GPU' if device.type == 'cuda' else 'in RAM'}")
+    print(f"frames: {num_bytes / 1e6:,.0f} MB {'on the GPU' if device.type == 'cuda' else 'in RAM'}")
     replay = Replay(sum(lengths) + extra_rows, device)
     games = []
     for data, stop, length in zip(datasets, np.cumsum(lengths).tolist(), lengths, strict=True):
@@ -1028,7 +1028,8 @@ if __name__ == "__main__":
     start_time, start_updates = time.time(), updates
     cycles = range(start_updates, total_updates + 1, E)
     # Each cycle begins with what is due before update number `updates`: so the untrained network is evaluated too.
-    for updates in model.Progress(cycles, initial=start_updates // E, unit="update", unit_scale=E):
+    bar = model.Progress(cycles, total=total_updates // E, initial=start_updates // E, unit="update", unit_scale=E)
+    for updates in bar:
         last = updates == total_updates
         evaluating = last or due(args.eval_every)
         if updates > start_updates and (evaluating or due(args.checkpoint_every)):

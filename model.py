@@ -16,7 +16,6 @@ import copy
 import difflib
 import functools
 import gc
-import math
 import os
 import pickle
 import shlex
@@ -513,7 +512,9 @@ def refuse_flag(word, flags, words):
 class Progress(tqdm):
     """A bar in a terminal. In a log file, a line of it every 30 s."""
 
-    shown_at = -math.inf
+    def __init__(self, *args, **options):
+        self.shown_at = time.monotonic()
+        super().__init__(*args, **options)
 
     def display(self, msg=None, pos=None):
         if sys.stderr.isatty():

@@ -12,12 +12,18 @@ mkdir -p "$RUN"
 started=$(date +%s)
 heading() { printf '\n=== %4d s  %s\n' $(($(date +%s) - started)) "$*"; }
 
-# run NAME SCRIPT FLAGS: each line with the name of its run before it, since two go on at a time
+# run NAME SCRIPT FLAGS: shows the evaluations, with the name before them since two runs go on at a time; all else is
+# in NAME.log
 run() {
   name=$1
   shift
   ("$PYTHON" "$@" --run-dir "$RUN/$name" 2> "$RUN/$name.log" || touch "$RUN/$name.failed") |
-    while IFS= read -r line; do printf '%-15s %s\n' "$name:" "$line"; done
+    while IFS= read -r line; do
+      case $line in
+        update*) printf '%4d s  %-15s %s\n' $(($(date +%s) - started)) "$name" "$line" ;;
+        *) printf '%s\n' "$line" >> "$RUN/$name.log" ;;
+      esac
+    done
   [ ! -e "$RUN/$name.failed" ]
 }
 # both: waits for what runs in the background, and ends here if a run failed
@@ -62,21 +68,21 @@ heading "2/5 one student of both, then Storm, where it hails too: XTRA, finetuni
 both
 
 TINY="--channels 16 --blocks 1 --batch-size 8 --num-simulations 4 --unroll-steps 2 --eval-episodes 2
-  --eval-max-frames 400"
-ATARI="--total-timesteps 64 --learning-starts 48 --eval-every 64 $TINY"
+  --eval-max-frames 200"
+ATARI="--total-timesteps 32 --learning-starts 24 $TINY"
 
 heading "3/5 real Atari: every stage runs, nothing has time to learn"
 (
   run phoenix finetune.py --env-id PhoenixNoFrameskip-v4 --save-dataset "$RUN/phoenix.npz" $ATARI
-  run teacher-phoenix pretrain_teacher.py --datasets "$RUN/phoenix.npz" --num-updates 32 $TINY
+  run teacher-phoenix pretrain_teacher.py --datasets "$RUN/phoenix.npz" --num-updates 16 $TINY
 ) &
 (
   run demon finetune.py --env-id DemonAttackNoFrameskip-v4 --save-dataset "$RUN/demonattack.npz" $ATARI
-  run teacher-demon pretrain_teacher.py --datasets "$RUN/demonattack.npz" --num-updates 32 $TINY
+  run teacher-demon pretrain_teacher.py --datasets "$RUN/demonattack.npz" --num-updates 16 $TINY
 ) &
 both
 heading "4/5 and the student on Assault"
-run student-atari distill.py --teachers "$RUN/teacher-phoenix" "$RUN/teacher-demon" --num-updates 32 $TINY
+run student-atari distill.py --teachers "$RUN/teacher-phoenix" "$RUN/teacher-demon" --num-updates 16 $TINY
 run xtra-assault finetune.py --env-id AssaultNoFrameskip-v4 --pretrained "$RUN/student-atari" --offline-batch-size 8 \
   --capture-video $ATARI
 

@@ -30,6 +30,11 @@ import finetune  # noqa: E402
 import model  # noqa: E402
 
 COLOURS = ["tab:red", "tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:brown", "tab:pink", "tab:olive"]
+EXPLAINED = {
+    "XTRA": "XTRA: pretrained on other games, which it goes on training on",
+    "w.o. cross-task": "w.o. cross-task: pretrained, finetuned alone",
+    "EfficientZero": "EfficientZero from scratch",
+}
 
 
 @dataclass
@@ -78,8 +83,9 @@ def read_run(folder):
     return SimpleNamespace(**run, curves=dict(curves), scalars=scalars)
 
 
-def random_play(env_id, max_frames, games=32):
+def random_play(env_id, max_frames):
     """Mean return of uniformly random legal actions, in games that are cut where those of an evaluation are."""
+    games = 16 if finetune.atari_rom(env_id) else 100  # an emulator takes a while to start
     envs = finetune.make_envs(env_id, games, life_loss_ends=False)
     legal = np.flatnonzero(finetune.legal_actions(env_id))
     rng = np.random.default_rng(0)
@@ -123,7 +129,7 @@ def print_table(runs, random, perfect, threshold):
     for run in runs:
         for game, curve in run.curves.items():
             lines[game, run.method].append(curve)
-    columns = f"{'game':<16}{'method':<18}{'seeds':>5}{'zero-shot':>11}{'steps to':>14}{'final':>8}{'updates':>9}"
+    columns = f"{'game':<16}{'method':<18}{'seeds':>5}{'zero-shot':>11}{'steps to':>18}{'final':>8}{'updates':>9}"
     print(f"\n{columns}{'random':>9}{'perfect':>9}")
     for (game, method), curves in lines.items():
         zero_shot = np.mean([curve[0][2] for curve in curves])
@@ -134,7 +140,7 @@ def print_table(runs, random, perfect, threshold):
             missed = f", {len(curves) - len(found)} never" if len(found) < len(curves) else ""
             steps = f"{threshold[game]:g}: {np.mean(found):.0f}{missed}" if found else f"{threshold[game]:g}: never"
         best = "" if perfect[game] is None else f"{perfect[game]:.1f}"
-        line = f"{game:<16}{method:<18}{len(curves):>5}{zero_shot:>11.1f}{steps:>14}{final:>8.1f}{curves[0][-1][1]:>9,}"
+        line = f"{game:<16}{method:<18}{len(curves):>5}{zero_shot:>11.1f}{steps:>18}{final:>8.1f}{curves[0][-1][1]:>9,}"
         print(f"{line}{random[game]:>9.1f}{best:>9}")
     print("zero-shot, final: mean return of the first evaluation, before any update, and of the last")
 
@@ -147,7 +153,7 @@ def draw(runs, game, random, perfect, threshold, output):
     returns = figure.add_subplot(grid[0, :])
     weights = figure.add_subplot(grid[1, 0])
     cosines = figure.add_subplot(grid[1, 1], sharex=weights)
-    returns.set(title=game, ylabel="mean return of an evaluation")
+    returns.set(title=f"Learning {game}", ylabel="mean return of an evaluation")
     weights.set(title="XTRA: weight eta of each offline game", ylabel="share of cosines above threshold")
     weights.set_ylim(-0.05, 1.05)
     cosines.set(title="XTRA: cosine of the gradients", ylabel="offline game and target game")
@@ -159,7 +165,7 @@ def draw(runs, game, random, perfect, threshold, output):
         mean = [np.mean([value[step] for value in values]) for step in steps]
         for curve in curves:
             returns.plot(curve[:, 0], curve[:, 2], color=colour, linewidth=0.8, alpha=0.5)
-        label = f"{method} ({'1 seed' if len(curves) == 1 else f'mean of {len(curves)} seeds'})"
+        label = f"{EXPLAINED.get(method, method)} ({'1 seed' if len(curves) == 1 else f'mean of {len(curves)} seeds'})"
         returns.plot(steps, mean, color=colour, linewidth=2.5, marker="o", markersize=4, label=label)
     levels = {"perfect play": perfect[game], "random play": random[game], "threshold": threshold.get(game)}
     for name, level in levels.items():

@@ -136,7 +136,7 @@ def run_blocks(script, plan):
 
     progress, model.Progress = model.Progress, cycles
     main = ast.parse(Path(script.__file__).read_text()).body[-1].body
-    loop = [ast.unparse(statement).startswith("for updates in model.Progress(") for statement in main].index(True)
+    loop = [ast.unparse(statement).startswith("for updates in bar") for statement in main].index(True)
     exec(compile(ast.Module(main[: loop + 1], []), script.__file__, "exec"), vars(script))  # variables stay there
     model.Progress = progress
     return blocks[1:]

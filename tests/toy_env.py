@@ -5,7 +5,8 @@ The module registers the games when it is imported, which Gymnasium does for an 
 
     PYTHONPATH=tests python finetune.py --env-id toy_env:Catch-v0
 
-Any environment works that has 96x96x3 uint8 observations and Discrete(n) actions with n <= 18. Each tests one thing:
+Any environment works that has uint8 images and Discrete(n) actions with n <= 18; these have 96x96x3. Each tests one
+thing:
 
 | game | what it tests | a round |
 |---|---|---|
