@@ -51,7 +51,9 @@ def commands(name):
         line = re.sub(r"^(srun |until )|; do$| &$", "", line.strip())
         for key in sorted(variables, key=len, reverse=True):
             line = line.replace(f"${key}", variables[key])
-        if assignment := re.fullmatch(r"""(\w+)=("[^"$]*"|[^\s"$]+)""", line):
+        if loop := re.match(r"for (\w+) in (\w+) ", line):
+            variables[loop[1]] = loop[2]
+        elif assignment := re.fullmatch(r"""(\w+)=("[^"$]*"|[^\s"$]+)""", line):
             variables[assignment[1]] = assignment[2].strip('"')
         elif command := re.match(r"(?:\w+=\w+ )?python (\S+\.py)(.*)", line):
             yield command[1], shlex.split(command[2], comments=True)

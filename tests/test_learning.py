@@ -63,29 +63,29 @@ def steps_to_threshold(points):
     return next((steps for steps, value in points if value >= THRESHOLD), None)
 
 
-def pretrain(folder, beside):
-    """The two games' data, their teachers and the student; `beside`: commands that run while the student learns."""
+def pretrain(folder):
+    """The two games' data, their teachers and the student."""
     games = {"fruit": "Fruit-v0", "rocks": "Rocks-v0"}
-    sources = {name: f"{SOURCE} --env-id toy_env:{game} --save-dataset {name}.npz" for name, game in games.items()}
-    run_all(folder, sources)
+    run_all(
+        folder, {name: f"{SOURCE} --env-id toy_env:{game} --save-dataset {name}.npz" for name, game in games.items()}
+    )
     run_all(folder, {f"teacher-{name}": f"{TEACHER} --datasets {name}.npz" for name in games})
-    run_all(folder, {"student": STUDENT} | beside)
-    return curves(folder, sources)
+    run_all(folder, {"student": STUDENT})
+    return curves(folder, games)
 
 
-def test_xtra_learns_an_unseen_game_in_less_than_half_of_the_steps_from_scratch(tmp_path):
-    scratch = {"scratch-1": f"{STORM} --total-timesteps 208 --seed 1"}
-    sources = pretrain(tmp_path, scratch)
-    xtra = {f"xtra-{seed}": f"{XTRA} --seed {seed}" for seed in (1, 2)}
-    run_all(tmp_path, xtra)
+def test_xtra_learns_an_unseen_game_in_half_of_the_steps_that_it_takes_from_scratch(tmp_path):
+    """Ten seeds (docs/learning.md): XTRA has 10.1 zero-shot, 12.4 to 15.6 after 96 steps and 14.5 to 16 after 104;
+    from scratch the best has 9.2 after 208 steps. The sources end at 12 or more, their teachers at 16."""
+    sources = pretrain(tmp_path)
+    runs = {"xtra-1": f"{XTRA} --seed 1", "scratch-1": f"{STORM} --total-timesteps 208 --seed 1"}
+    run_all(tmp_path, runs)
     for name, points in sources.items():  # EfficientZero from scratch
         assert points[-1][1] >= 12, name
-    for name, points in curves(tmp_path, xtra).items():
-        zero_shot = points[0][1]
-        assert 4 <= zero_shot <= 12, name
-        assert steps_to_threshold(points) <= 104, name
-    (points,) = curves(tmp_path, scratch).values()
-    assert steps_to_threshold(points) is None  # in 208 steps
+    xtra, scratch = curves(tmp_path, runs).values()
+    assert 4 <= xtra[0][1] <= 12  # zero-shot: a quarter to three quarters of perfect play
+    assert steps_to_threshold(xtra) <= 104
+    assert steps_to_threshold(scratch) is None  # in 208 steps
 
 
 def test_efficientzero_learns_when_to_act(tmp_path):
@@ -99,7 +99,7 @@ def test_efficientzero_learns_when_to_act(tmp_path):
 def test_from_scratch_the_same_return_takes_more_than_twice_the_steps_in_the_mean_of_five_seeds(tmp_path):
     seeds = (1, 2, 3, 4, 5)
     scratch = {f"scratch-{seed}": f"{STORM} --total-timesteps 832 --seed {seed}" for seed in seeds}
-    pretrain(tmp_path, {})
+    pretrain(tmp_path)
     xtra = {f"xtra-{seed}": f"{XTRA} --seed {seed}" for seed in seeds}
     run_all(tmp_path, scratch | xtra)
     found = {"EfficientZero": curves(tmp_path, scratch), "XTRA": curves(tmp_path, xtra)}
