@@ -66,9 +66,8 @@ def steps_to_threshold(points):
 def pretrain(folder):
     """The two games' data, their teachers and the student."""
     games = {"fruit": "Fruit-v0", "rocks": "Rocks-v0"}
-    run_all(
-        folder, {name: f"{SOURCE} --env-id toy_env:{game} --save-dataset {name}.npz" for name, game in games.items()}
-    )
+    sources = {name: f"{SOURCE} --env-id toy_env:{game}" for name, game in games.items()}
+    run_all(folder, {name: f"{command} --save-dataset {name}.npz" for name, command in sources.items()})
     run_all(folder, {f"teacher-{name}": f"{TEACHER} --datasets {name}.npz" for name in games})
     run_all(folder, {"student": STUDENT})
     return curves(folder, games)
@@ -98,11 +97,11 @@ def test_efficientzero_learns_when_to_act(tmp_path):
 @pytest.mark.faults
 def test_from_scratch_the_same_return_takes_more_than_twice_the_steps_in_the_mean_of_five_seeds(tmp_path):
     seeds = (1, 2, 3, 4, 5)
-    scratch = {f"scratch-{seed}": f"{STORM} --total-timesteps 832 --seed {seed}" for seed in seeds}
     pretrain(tmp_path)
     xtra = {f"xtra-{seed}": f"{XTRA} --seed {seed}" for seed in seeds}
-    run_all(tmp_path, scratch | xtra)
-    found = {"EfficientZero": curves(tmp_path, scratch), "XTRA": curves(tmp_path, xtra)}
-    steps = {name: [steps_to_threshold(points) for points in runs.values()] for name, runs in found.items()}
-    print(f"environment steps to a return of {THRESHOLD}: {steps}")
-    assert np.mean(steps["XTRA"]) <= 0.5 * np.mean(steps["EfficientZero"])  # None, which is never, is an error here
+    scratch = {f"scratch-{seed}": f"{STORM} --total-timesteps 832 --seed {seed}" for seed in seeds}
+    run_all(tmp_path, xtra | scratch)
+    xtra_steps = [steps_to_threshold(points) for points in curves(tmp_path, xtra).values()]
+    scratch_steps = [steps_to_threshold(points) or 832 for points in curves(tmp_path, scratch).values()]  # or more
+    print(f"environment steps to a return of {THRESHOLD}: XTRA {xtra_steps}, from scratch {scratch_steps}")
+    assert np.mean(xtra_steps) <= 0.5 * np.mean(scratch_steps)  # XTRA always gets there: None is an error here

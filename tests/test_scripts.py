@@ -18,7 +18,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import model
-from finetune import GAME_OVER, LIFE_LOST, TIME_LIMIT, Replay, read_dataset, save_dataset, unpack_dataset
+from finetune import GAME_OVER, LIFE_LOST, TIME_LIMIT, Replay, read_dataset, save_dataset, short_name, unpack_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "--channels 8 --blocks 1 --batch-size 8 --num-simulations 4 --unroll-steps 2 --eval-episodes 2"
@@ -145,7 +145,7 @@ def test_evaluations_are_at_the_right_steps(chain):
 
 
 def test_eta_is_the_share_of_similar_gradients_in_the_last_measurement(chain):
-    for game in SOURCES:
+    for game in map(short_name, SOURCES):
         cosines = dict(scalars(chain[0] / "xtra", f"transfer/grad_cosine/{game}"))
         assert list(cosines) == [10, 11, 12, 13, 20, 21, 22, 23, 30, 31, 32, 33]
         first, second, third = (np.array(list(cosines.values())).reshape(3, 4) > 0).mean(axis=1)
