@@ -156,7 +156,8 @@ def check_numbers(args, may_be_zero):
     if args.resume and not args.run_dir:
         newest = max(glob.glob(f"runs/*__{args.exp_name}__*"), key=os.path.getmtime, default="none in runs/")
         raise SystemExit(f"error: --resume needs the --run-dir that it is to continue; the newest is {newest}")
-    if args.track and not importlib.util.find_spec("wandb"):
+    wandb = importlib.util.find_spec("wandb") if args.track else None
+    if args.track and (wandb is None or wandb.origin is None):  # a folder of this name is found too
         raise SystemExit("error: --track needs the package wandb, which is not installed; pip install wandb")
 
 
@@ -227,13 +228,16 @@ def atari_rom(env_id):
     roms = {name[4:].removesuffix("-v5"): gym.registry[name].kwargs["game"] for name in ids}
     if env_id.endswith("NoFrameskip-v4") and env_id.removesuffix("NoFrameskip-v4") in roms:
         return roms[env_id.removesuffix("NoFrameskip-v4")]
-    if ":" in env_id or env_id in gym.registry and "ale_py" not in str(gym.registry[env_id].entry_point):
+    name = env_id.split(":")[-1]
+    if ":" in env_id and name not in gym.registry:  # its module is not imported yet
         return None
-    stem = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d+)?$", "", env_id).replace("_", "").lower()
+    if name in gym.registry and "ale_py" not in str(gym.registry[name].entry_point):
+        return None
+    stem = re.sub(r"^ale/|(noframeskip|deterministic)?(-v\d+)?$", "", name.lower()).replace("_", "")
     games = {game.lower(): game for game in roms}
-    close = difflib.get_close_matches(stem, games, 1, cutoff=0.7)
+    close = difflib.get_close_matches(stem, games, 1, cutoff=0.75)
     if close:
-        found = "has sticky actions or another frame skip than Atari 100k" if stem in games else "does not exist"
+        found = "is not Atari 100k: sticky actions or another frame skip" if name in gym.registry else "does not exist"
         raise SystemExit(f"error: --env-id {env_id} {found}; did you mean {games[close[0]]}NoFrameskip-v4?")
     return None
 
@@ -271,7 +275,8 @@ def make_envs(env_id, num_envs, *, life_loss_ends):
         raise SystemExit(f"error: --env-id {env_id}: {' '.join(str(error).split())}; {expected}") from None
     obs = envs.single_observation_space
     actions = envs.single_action_space
-    if obs.shape != (96, 96, 3) or not isinstance(actions, gym.spaces.Discrete) or actions.start or actions.n > 18:
+    fits = obs.shape == (96, 96, 3) and obs.dtype == np.uint8 and isinstance(actions, gym.spaces.Discrete)
+    if not fits or actions.start != 0 or actions.n > 18:
         found = " ".join(f"{obs} and {actions}".split())
         expected = "expected uint8 images of 1 or 3 channels and Discrete(n) with n <= 18; wrap the environment"
         raise SystemExit(f"error: --env-id {env_id} has {found}; {expected}")
@@ -785,7 +790,7 @@ def evaluate(search, env_id, max_frames, movie=None):
     active = np.arange(episodes)
     if movie is not None:
         movie.append((frames[0].copy(), 0.0))
-    bar = model.Progress(total=episodes, desc="evaluation", unit="game", leave=False)
+    bar = model.Progress(total=episodes, desc="evaluation", unit="game", leave=False, miniters=0)
     while len(active):
         action = np.zeros(episodes, np.int64)  # finished games leave the search; their actions do not matter
         action[active] = search(stack[active], legal, rng, noise=False).policy.argmax(axis=1)
@@ -868,11 +873,14 @@ def log_diagnostics(writer, search, replay, game, args, updates, suffix=""):
 def log_video(writer, path, env_id, movie, updates):
     """Writes a movie of `evaluate` as a gif of 15 frames a second, its score drawn above, and shows it in TensorBoard.
 
-    Atari's pixels are not square: its console drew them on a screen of 4:3.
+    Of a game of more than 2,000 frames it has every second, third, ... one. Atari's pixels are not square: its console
+    drew them on a screen of 4:3.
     """
     size = (320, 240) if atari_rom(env_id) else (288, 288)
+    every = -(-len(movie) // 2000)
     images = []
-    for step, (frame, score) in enumerate(movie):
+    for step in sorted({*range(0, len(movie), every), len(movie) - 1}):
+        frame, score = movie[step]
         image = Image.new("RGB", (size[0], size[1] + 16))
         image.paste(Image.fromarray(frame).resize(size, Image.NEAREST), (0, 16))
         ImageDraw.Draw(image).text((4, 2), f"{short_name(env_id)}  step {step}  score {score:g}")
@@ -1166,6 +1174,6 @@ if __name__ == "__main__":
     if args.save_dataset and not os.path.exists(args.save_dataset):
         save_dataset(args.save_dataset, replay, own, args.env_id)
         print(f"{args.save_dataset}: dataset saved. Next: python pretrain_teacher.py --datasets {args.save_dataset}")
-    video = f", its last game in video-{updates}.gif" if args.capture_video else ""
+    video = f", the first of its last games in video-{updates}.gif" if args.capture_video else ""
     print(f"{short_name(args.env_id)}: return {scores[args.env_id]:.1f} after {env_steps:,} environment steps{video}")
     print(f"{run_dir}: agent saved. Next: python benchmark/report.py {run_dir}")

@@ -16,8 +16,10 @@ import copy
 import difflib
 import functools
 import gc
+import io
 import os
 import pickle
+import re
 import shlex
 import shutil
 import signal
@@ -474,39 +476,48 @@ def read_flags(cls, description, words=None):
 
     Exits with one line if a flag is unknown, which names the closest ones.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file or a pipe gets each line at once
     width = shutil.get_terminal_size().columns - 1
     paragraphs = description.strip().split("\n\n")
     indent = {"initial_indent": " ", "subsequent_indent": " "}  # without it tyro makes one line of a paragraph
     wrapped = [x if x.startswith("  ") else textwrap.fill(" ".join(x.split()), width, **indent) for x in paragraphs]
     options = {"description": "\n\n".join(wrapped), "config": (tyro.conf.OmitArgPrefixes,)}
-    parsed, unknown = tyro.cli(cls, args=words, return_unknown_args=True, **options)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed, unknown = tyro.cli(cls, args=words, return_unknown_args=True, **options)
+    except SystemExit as end:
+        if end.code == 0:  # --help
+            raise
+        reason = re.split(r"─{9,}", re.sub(r"[│╭╮╰╯]", " ", said.getvalue()))[1]  # the first part of tyro's box
+        raise SystemExit(f"error: {' '.join(reason.split())}; see --help") from None
     flags = {}
     for name, value in vars(parsed).items():
         flags |= vars(value) if is_dataclass(value) else {name: value}
     if unknown:
-        refuse_flag(unknown[0], flags, sys.argv if words is None else words)
+        refuse_flag(unknown[0], flags, sys.argv[1:] if words is None else words)
     return SimpleNamespace(**flags)
 
 
 def refuse_flag(word, flags, words):
     """Exits with one line on a word of the command line that is no flag of `flags`, a dict of names and values."""
+    booleans = [name for name, value in flags.items() if isinstance(value, bool)]
+    on_or_off = {f"--{no}{name}": name for name in booleans for no in ("", "no_")}
     words = [part for x in words for part in (x.split("=", 1) if x.startswith("--") else [x])]  # --flag=value
-    word = word.split("=")[0] if word.startswith("--") else word
-    place = words.index(word)
-    before = words[place - 1].replace("_", "-") if place else ""
-    name = word[2:].replace("-", "_")
+    words = [x.replace("-", "_").replace("__", "--", 1) if x.startswith("--") else x for x in words]
+    for flag, value in zip(words, words[1:], strict=False):
+        if flag in on_or_off and value == word:
+            name = on_or_off[flag].replace("_", "-")
+            raise SystemExit(f"error: --{name} is on or off and takes no value: write --{name} or --no-{name}")
+    if not word.startswith("--"):
+        raise SystemExit(f"error: {word} belongs to no flag; see --help")
+    name = word.split("=")[0][2:].replace("-", "_")
     initials = [known for known in flags if "".join(part[0] for part in known.split("_")) == name]
     close = initials or difflib.get_close_matches(name.removeprefix("no_"), flags, 3)
-    if word.startswith("--"):
-        meant = " or ".join(f"--{known.replace('_', '-')}" for known in close)
-        hint = f"there is no flag {word}; " + (f"did you mean {meant}?" if close else "see --help")
-    elif before.startswith("--"):
-        hint = f"{before} is on or off and takes no value: write {before} or --no-{before[2:]}"
-    elif place > 1 and words[place - 2].startswith("--"):
-        hint = f"{word} comes after {words[place - 2]}, which takes one value; see --help"
-    else:
-        hint = f"{word} belongs to no flag; see --help"
-    raise SystemExit(f"error: {hint}")
+    meant = " or ".join(f"--{known.replace('_', '-')}" for known in close)
+    hint = f"did you mean {meant}?" if close else "see --help"
+    raise SystemExit(f"error: there is no flag --{name.replace('_', '-')}; {hint}")
 
 
 class Progress(tqdm):
@@ -518,8 +529,8 @@ class Progress(tqdm):
 
     def display(self, msg=None, pos=None):
         if sys.stderr.isatty():
-            super().display(msg, pos)
-        elif time.monotonic() >= self.shown_at + 30:
+            return super().display(msg, pos)
+        if time.monotonic() >= self.shown_at + 30:
             print(self, file=sys.stderr, flush=True)
             self.shown_at = time.monotonic()
 
@@ -574,7 +585,7 @@ def load_file(path):
         folder = os.path.dirname(file) or "."
         raise SystemExit(f"error: {file} is a file, expected a run folder; give {folder}") from None
     except IsADirectoryError:
-        raise SystemExit(f"error: {path} is a folder, expected a {path[-4:]} file in it or elsewhere") from None
+        raise SystemExit(f"error: {path} is a folder, expected a file; give one in it, or another") from None
     except (OSError, EOFError, ValueError, RuntimeError, *DAMAGE) as error:
         reason = " ".join(str(error).split())[:120]
         raise SystemExit(f"error: {path} is damaged, or no file of this project ({reason}); make it again") from None

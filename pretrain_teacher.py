@@ -126,7 +126,8 @@ def check_numbers(args, may_be_zero):
     if args.resume and not args.run_dir:
         newest = max(glob.glob(f"runs/*__{args.exp_name}__*"), key=os.path.getmtime, default="none in runs/")
         raise SystemExit(f"error: --resume needs the --run-dir that it is to continue; the newest is {newest}")
-    if args.track and not importlib.util.find_spec("wandb"):
+    wandb = importlib.util.find_spec("wandb") if args.track else None
+    if args.track and (wandb is None or wandb.origin is None):  # a folder of this name is found too
         raise SystemExit("error: --track needs the package wandb, which is not installed; pip install wandb")
 
 
@@ -183,13 +184,16 @@ def atari_rom(env_id):
     roms = {name[4:].removesuffix("-v5"): gym.registry[name].kwargs["game"] for name in ids}
     if env_id.endswith("NoFrameskip-v4") and env_id.removesuffix("NoFrameskip-v4") in roms:
         return roms[env_id.removesuffix("NoFrameskip-v4")]
-    if ":" in env_id or env_id in gym.registry and "ale_py" not in str(gym.registry[env_id].entry_point):
+    name = env_id.split(":")[-1]
+    if ":" in env_id and name not in gym.registry:  # its module is not imported yet
         return None
-    stem = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d+)?$", "", env_id).replace("_", "").lower()
+    if name in gym.registry and "ale_py" not in str(gym.registry[name].entry_point):
+        return None
+    stem = re.sub(r"^ale/|(noframeskip|deterministic)?(-v\d+)?$", "", name.lower()).replace("_", "")
     games = {game.lower(): game for game in roms}
-    close = difflib.get_close_matches(stem, games, 1, cutoff=0.7)
+    close = difflib.get_close_matches(stem, games, 1, cutoff=0.75)
     if close:
-        found = "has sticky actions or another frame skip than Atari 100k" if stem in games else "does not exist"
+        found = "is not Atari 100k: sticky actions or another frame skip" if name in gym.registry else "does not exist"
         raise SystemExit(f"error: --env-id {env_id} {found}; did you mean {games[close[0]]}NoFrameskip-v4?")
     return None
 
@@ -226,7 +230,8 @@ def make_envs(env_id, num_envs, *, life_loss_ends):
         raise SystemExit(f"error: --env-id {env_id}: {' '.join(str(error).split())}; {expected}") from None
     obs = envs.single_observation_space
     actions = envs.single_action_space
-    if obs.shape != (96, 96, 3) or not isinstance(actions, gym.spaces.Discrete) or actions.start or actions.n > 18:
+    fits = obs.shape == (96, 96, 3) and obs.dtype == np.uint8 and isinstance(actions, gym.spaces.Discrete)
+    if not fits or actions.start != 0 or actions.n > 18:
         found = " ".join(f"{obs} and {actions}".split())
         expected = "expected uint8 images of 1 or 3 channels and Discrete(n) with n <= 18; wrap the environment"
         raise SystemExit(f"error: --env-id {env_id} has {found}; {expected}")
@@ -591,7 +596,7 @@ def evaluate(search, env_id, max_frames, movie=None):
     active = np.arange(episodes)
     if movie is not None:
         movie.append((frames[0].copy(), 0.0))
-    bar = model.Progress(total=episodes, desc="evaluation", unit="game", leave=False)
+    bar = model.Progress(total=episodes, desc="evaluation", unit="game", leave=False, miniters=0)
     while len(active):
         action = np.zeros(episodes, np.int64)  # finished games leave the search; their actions do not matter
         action[active] = search(stack[active], legal, rng, noise=False).policy.argmax(axis=1)
@@ -831,4 +836,6 @@ if __name__ == "__main__":
         print(f"{short_name(env_ids[0])}: return {scores[env_ids[0]]:.1f} after {updates:,} updates")
         print(f"{run_dir}: teacher saved. Next: python distill.py --teachers {run_dir} OTHER_TEACHERS...")
     else:
+        for env_id in env_ids:
+            print(f"{short_name(env_id)}: return {scores[env_id]:.1f} after {updates:,} updates")
         print(f"{run_dir}: model saved. Next: python benchmark/report.py {run_dir}")

@@ -5,23 +5,25 @@
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
-export OMP_NUM_THREADS=1 # two runs at a time, one thread each
-export PYTHONPATH=tests  # the folder of the toy games
+export OMP_NUM_THREADS=1      # two runs at a time, one thread each
+export CUDA_VISIBLE_DEVICES= # on a GPU each run would compile for a minute
+export PYTHONPATH=tests       # the folder of the toy games
+trap 'trap - TERM; kill 0' INT TERM # Ctrl-C ends what runs in the background too
 RUN=runs/quickstart-$(date +%Y%m%d-%H%M%S)
 mkdir -p "$RUN"
 started=$(date +%s)
 heading() { printf '\n=== %4d s  %s\n' $(($(date +%s) - started)) "$*"; }
 
-# run NAME SCRIPT FLAGS: shows the evaluations, with the name before them since two runs go on at a time; all else is
-# in NAME.log
+# run NAME SCRIPT FLAGS: shows the evaluations, with the name before them since two runs go on at a time. NAME.log has
+# all that it says, NAME.err its bars and errors.
 run() {
   name=$1
   shift
-  ("$PYTHON" "$@" --run-dir "$RUN/$name" 2> "$RUN/$name.log" || touch "$RUN/$name.failed") |
+  ("$PYTHON" "$@" --run-dir "$RUN/$name" 2> "$RUN/$name.err" || touch "$RUN/$name.failed") |
     while IFS= read -r line; do
+      printf '%s\n' "$line" >> "$RUN/$name.log"
       case $line in
         update*) printf '%4d s  %-15s %s\n' $(($(date +%s) - started)) "$name" "$line" ;;
-        *) printf '%s\n' "$line" >> "$RUN/$name.log" ;;
       esac
     done
   [ ! -e "$RUN/$name.failed" ]
@@ -30,7 +32,7 @@ run() {
 both() {
   wait
   for failed in "$RUN"/*.failed; do
-    if [ -e "$failed" ]; then tail -n 3 "${failed%.failed}.log" >&2; exit 1; fi
+    if [ -e "$failed" ]; then tail -n 3 "${failed%.failed}.err" >&2; exit 1; fi
   done
 }
 
@@ -82,9 +84,12 @@ heading "3/5 real Atari: every stage runs, nothing has time to learn"
 ) &
 both
 heading "4/5 and the student on Assault"
-run student-atari distill.py --teachers "$RUN/teacher-phoenix" "$RUN/teacher-demon" --num-updates 16 $TINY
-run xtra-assault finetune.py --env-id AssaultNoFrameskip-v4 --pretrained "$RUN/student-atari" --offline-batch-size 8 \
-  --capture-video $ATARI
+(
+  run student-atari distill.py --teachers "$RUN/teacher-phoenix" "$RUN/teacher-demon" --num-updates 16 $TINY
+  run xtra-assault finetune.py --env-id AssaultNoFrameskip-v4 --pretrained "$RUN/student-atari" --offline-batch-size 8 \
+    --capture-video $ATARI
+) &
+both
 
 heading "5/5 report"
 set -- # the run folders, in the order of the table

@@ -3,11 +3,13 @@
     python benchmark/report.py runs/teacher-phoenix runs/student runs/xtra-phoenix-1 runs/xtra-phoenix-2
 
 Reads what the three scripts write into their run folders: evaluations.csv, the flags in model.pt, TensorBoard's events.
-Runs that differ in nothing but their seed are one line of the table, a mean, and one colour of the figure. Random play
-is played here; so is perfect play, where a game has `best_actions` (tests/toy_env.py).
+Runs whose flags differ in nothing but the seed are one line of the table, a mean, and one colour of the figure; where
+others differ too, the method's name has them. Random play is played here; so is perfect play, where a game has
+`best_actions` (tests/toy_env.py).
 """
 
 import csv
+import itertools
 import os
 import sys
 from collections import defaultdict
@@ -58,9 +60,22 @@ def method_of(flags):
     return "XTRA" if flags["task_weights"] else "w.o. task weights"
 
 
+def name_what_differs(runs):
+    """Appends to the methods of runs those flags that runs of the same method and games have different values of."""
+    unimportant = {*vars(finetune.Run()), "seed", "save_dataset", "capture_video", "datasets", "teachers"}
+    names = []
+    for run in runs:
+        alike = [x.flags for x in runs if x.method == run.method and x.curves.keys() == run.curves.keys()]
+        differ = [key for key in run.flags if len({str(flags.get(key)) for flags in alike}) > 1]
+        words = [f"--{key.replace('_', '-')} {run.flags[key]}" for key in differ if key not in unimportant]
+        names.append(" ".join([run.method, *words]))
+    for run, name in zip(runs, names, strict=True):
+        run.method = name
+
+
 def read_run(folder):
-    """A run folder -> its method, env_ids {game: id}, curves {game: [(environment steps, updates, mean return), ...]},
-    and the scalars {key: (steps, values)} of its TensorBoard events."""
+    """A run folder -> its flags, method, env_ids {game: id}, curves {game: [(environment steps, updates, mean return),
+    ...]}, and the scalars {key: (steps, values)} of its TensorBoard events."""
     path = os.path.join(folder, "evaluations.csv")
     if not os.path.isfile(path):
         raise SystemExit(f"error: {folder} holds no evaluations.csv; expected a run folder of the three scripts")
@@ -79,7 +94,7 @@ def read_run(folder):
     scalars = {key: events.Scalars(key) for key in events.Tags()["scalars"]}
     scalars = {key: ([e.step for e in series], [e.value for e in series]) for key, series in scalars.items()}
     flags = info["args"]
-    run = {"method": method_of(flags), "max_frames": flags["eval_max_frames"], "env_ids": env_ids}
+    run = {"flags": flags, "method": method_of(flags), "env_ids": env_ids}
     return SimpleNamespace(**run, curves=dict(curves), scalars=scalars)
 
 
@@ -106,13 +121,13 @@ def perfect_play(env_id, games=100):
     """Mean return of the best actions, or None if the game does not say which they are."""
     if finetune.atari_rom(env_id) or not hasattr(gym.make(env_id).unwrapped, "best_actions"):
         return None
-    env = gym.make(env_id).unwrapped
+    env = gym.make(env_id)
     total = 0.0
     for seed in range(games):
         env.reset(seed=seed)
         over = False
         while not over:
-            _, reward, terminated, truncated, _ = env.step(env.best_actions()[0])
+            _, reward, terminated, truncated, _ = env.step(env.unwrapped.best_actions()[0])
             total += reward
             over = terminated or truncated
     return total / games
@@ -129,18 +144,20 @@ def print_table(runs, random, perfect, threshold):
     for run in runs:
         for game, curve in run.curves.items():
             lines[game, run.method].append(curve)
-    columns = f"{'game':<16}{'method':<18}{'seeds':>5}{'zero-shot':>11}{'steps to':>18}{'final':>8}{'updates':>9}"
+    width = 2 + max(len(method) for _, method in lines)
+    reach = "steps to " + " ".join(f"{level:g}" for level in threshold.values()) if threshold else ""
+    columns = f"{'game':<16}{'method':<{width}}{'seeds':>5}{'zero-shot':>11}{reach:>18}{'final':>8}{'updates':>9}"
     print(f"\n{columns}{'random':>9}{'perfect':>9}")
     for (game, method), curves in lines.items():
         zero_shot = np.mean([curve[0][2] for curve in curves])
         final = np.mean([curve[-1][2] for curve in curves])
         steps = ""
         if game in threshold and method not in ("teacher", "student", "zero-shot"):
-            found = [x for x in (steps_to(curve, threshold[game]) for curve in curves) if x is not None]
-            missed = f", {len(curves) - len(found)} never" if len(found) < len(curves) else ""
-            steps = f"{threshold[game]:g}: {np.mean(found):.0f}{missed}" if found else f"{threshold[game]:g}: never"
+            reached = [(steps_to(curve, threshold[game]), curve[-1][0]) for curve in curves]
+            steps = " ".join(f">{last}" if first is None else str(first) for first, last in reached)  # of each seed
         best = "" if perfect[game] is None else f"{perfect[game]:.1f}"
-        line = f"{game:<16}{method:<18}{len(curves):>5}{zero_shot:>11.1f}{steps:>18}{final:>8.1f}{curves[0][-1][1]:>9,}"
+        updates = max(curve[-1][1] for curve in curves)
+        line = f"{game:<16}{method:<{width}}{len(curves):>5}{zero_shot:>11.1f}{steps:>18}{final:>8.1f}{updates:>9,}"
         print(f"{line}{random[game]:>9.1f}{best:>9}")
     print("zero-shot, final: mean return of the first evaluation, before any update, and of the last")
 
@@ -157,14 +174,17 @@ def draw(runs, game, random, perfect, threshold, output):
     weights.set(title="XTRA: weight eta of each offline game", ylabel="share of cosines above threshold")
     weights.set_ylim(-0.05, 1.05)
     cosines.set(title="XTRA: cosine of the gradients", ylabel="offline game and target game")
-    online = [run for run in runs if game in run.curves and run.method not in ("teacher", "student")]
-    for method, colour in zip(dict.fromkeys(run.method for run in online), COLOURS, strict=False):
+    played = [run for run in runs if game in run.curves]
+    online = [run for run in played if "num_updates" not in run.flags]
+    x = 0 if online else 1  # environment steps; where there are only teachers and students, updates
+    online = online or played
+    for method, colour in zip(dict.fromkeys(run.method for run in online), itertools.cycle(COLOURS), strict=False):
         curves = [np.array(run.curves[game]) for run in online if run.method == method]
-        values = [dict(zip(curve[:, 0], curve[:, 2], strict=True)) for curve in curves]
+        values = [dict(zip(curve[:, x], curve[:, 2], strict=True)) for curve in curves]
         steps = sorted(set.intersection(*map(set, values)))
         mean = [np.mean([value[step] for value in values]) for step in steps]
         for curve in curves:
-            returns.plot(curve[:, 0], curve[:, 2], color=colour, linewidth=0.8, alpha=0.5)
+            returns.plot(curve[:, x], curve[:, 2], color=colour, linewidth=0.8, alpha=0.5)
         label = f"{EXPLAINED.get(method, method)} ({'1 seed' if len(curves) == 1 else f'mean of {len(curves)} seeds'})"
         returns.plot(steps, mean, color=colour, linewidth=2.5, marker="o", markersize=4, label=label)
     levels = {"perfect play": perfect[game], "random play": random[game], "threshold": threshold.get(game)}
@@ -176,7 +196,7 @@ def draw(runs, game, random, perfect, threshold, output):
             returns.axhline(level, linewidth=1, **style)
             returns.text(1.01, level, name, transform=returns.get_yaxis_transform(), va="center")
     offline = dict.fromkeys(key.split("/")[-1] for run in online for key in run.scalars if "/task_weight/" in key)
-    for source, colour in zip(offline, COLOURS[3:], strict=False):
+    for source, colour in zip(offline, itertools.cycle(COLOURS[3:] + COLOURS[:3]), strict=False):
         for run in online:
             label = source if source not in weights.get_legend_handles_labels()[1] else None
             if f"transfer/task_weight/{source}" in run.scalars:
@@ -186,7 +206,7 @@ def draw(runs, game, random, perfect, threshold, output):
                 steps, values = run.scalars[f"transfer/grad_cosine/{source}"]
                 cosines.plot(steps, values, ".", color=colour, alpha=0.4)
     for axes in (returns, weights, cosines):
-        axes.set_xlabel("environment steps" if axes is returns else "updates")
+        axes.set_xlabel("environment steps" if axes is returns and x == 0 else "updates")
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
@@ -198,16 +218,19 @@ def draw(runs, game, random, perfect, threshold, output):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = model.read_flags(Args, __doc__)
+    if not args.output.endswith((".png", ".svg", ".pdf")):
+        raise SystemExit(f"error: --output is {args.output}, expected a name that ends in .png, .svg or .pdf")
     if not args.runs:
         raise SystemExit("error: no run folders; give some, as in python benchmark/report.py runs/*")
     runs = [read_run(folder) for folder in args.runs]
+    name_what_differs(runs)
     env_ids = {game: env_id for run in runs for game, env_id in run.env_ids.items()}
     shown = dict.fromkeys(game for run in runs for game in run.curves)
     game = args.game or next(iter(runs[-1].curves))
     if game not in shown:
         raise SystemExit(f"error: --game {game} was not played by these runs; choose of {', '.join(shown)}")
-    max_frames = {game: max(run.max_frames for run in runs if game in run.curves) for game in shown}
+    max_frames = {game: max(run.flags["eval_max_frames"] for run in runs if game in run.curves) for game in shown}
     random = {game: random_play(env_ids[game], max_frames[game]) for game in shown}
     perfect = {game: perfect_play(env_ids[game]) for game in shown}
     threshold = {} if args.threshold is None else {game: args.threshold}

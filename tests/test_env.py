@@ -219,7 +219,7 @@ class Pixels(gym.Env):
 
     def __init__(self, image):
         self.image = image
-        self.observation_space = gym.spaces.Box(0, 255, image.shape, np.uint8)
+        self.observation_space = gym.spaces.Box(0, 255, image.shape, image.dtype.type)
 
     def reset(self, *, seed=None, options=None):
         return self.image, {}
@@ -251,8 +251,8 @@ def test_other_images_are_resized_and_get_three_channels(image, capsys):
     for obs in (envs.reset(seed=0)[0], envs.step(np.zeros(2, int))[0]):
         assert obs.shape == (2, 96, 96, 3) and obs.dtype == np.uint8
         assert (obs[:, :, :40] == 0).all() and (obs[:, :, 56:] == 200).all()  # the edge between is smoothed
-    said = capsys.readouterr().out
-    assert said.count("\n") <= 1 and (not said or f"its images {image.shape} are made (96, 96, 3)" in said)
+    said = capsys.readouterr().out  # once for all copies
+    assert said.count("\n") == 1 and f"its images {image.shape} are made (96, 96, 3)" in said
 
 
 def test_an_image_that_fits_is_left_alone():
@@ -260,6 +260,26 @@ def test_an_image_that_fits_is_left_alone():
     gym.register("Pixels-v0", entry_point=Pixels, kwargs={"image": image})
     assert (make_envs("Pixels-v0", 1, life_loss_ends=True).reset(seed=0)[0][0] == image).all()
     del gym.registry["Pixels-v0"]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int64])
+def test_images_that_are_not_uint8_are_refused(dtype):
+    image = halves(96, 96)[..., None].repeat(3, axis=-1).astype(dtype)
+    gym.register("Pixels-v0", entry_point=Pixels, kwargs={"image": image})
+    with pytest.raises(SystemExit, match="expected uint8 images"):
+        make_envs("Pixels-v0", 1, life_loss_ends=True)
+    del gym.registry["Pixels-v0"]
+
+
+def test_a_long_video_leaves_frames_out_but_not_the_last(tmp_path):
+    movie = [(np.full((96, 96, 3), i % 256, np.uint8), 0) for i in range(4500)]
+    writer = SummaryWriter(tmp_path)
+    log_video(writer, f"{tmp_path}/video.gif", "toy_env:Catch-v0", movie, 7)
+    writer.close()
+    video = Image.open(tmp_path / "video.gif")
+    assert video.n_frames == 1501  # every third, and the last
+    video.seek(1500)
+    assert (np.asarray(video.convert("RGB"))[16:] == 4499 % 256).all()
 
 
 @pytest.mark.parametrize("env_id, size", [("PhoenixNoFrameskip-v4", (320, 256)), ("toy_env:Catch-v0", (288, 304))])

@@ -54,12 +54,23 @@ def test_seeds_of_a_method_are_one_line_beside_random_and_perfect_play(tmp_path,
     assert status == 0, err
     lines = {" ".join(line.split()[1:-6]): line.split() for line in out.splitlines() if line.startswith("Storm")}
     # seeds, zero-shot, threshold: steps, final, updates, random, perfect; a reaches 9 after 100 steps, b too
-    assert lines["EfficientZero 2 0.0"][-6:-2] == ["9:", "100", "11.0", "100"]
-    assert lines["XTRA 1 6.0"][-6:-2] == ["9:", "50", "17.0", "100"]
-    assert lines["w.o. cross-task 1 -8.0"][-6:-2] == ["9:", "never", "3.0", "100"]
-    random, perfect = (float(x) for x in lines["XTRA 1 6.0"][-2:])
+    assert lines["EfficientZero 2 0.0"][-6:-2] == ["100", "100", "11.0", "100"]
+    assert lines["XTRA 1"][-6:-2] == ["6.0", "50", "17.0", "100"]
+    assert lines["w.o. cross-task 1"][-6:-2] == ["-8.0", ">100", "3.0", "100"]
+    random, perfect = (float(x) for x in lines["XTRA 1"][-2:])
     assert abs(random) < 1.5 and perfect == 16
     assert Image.open(tmp_path / "new/folder/figure.png").size[0] > 500
+
+
+def test_runs_that_differ_in_more_than_their_seed_are_lines_of_their_own(tmp_path, report):
+    make_run(tmp_path / "small", blocks=1)
+    make_run(tmp_path / "large", blocks=4, better=1)
+    make_run(tmp_path / "large2", blocks=4, better=3, seed=2, run_dir="elsewhere")
+    status, out, err = report("small", "large", "large2")
+    assert status == 0, err
+    lines = [line.split() for line in out.splitlines() if line.startswith("Storm")]
+    assert [line[1:5] for line in lines] == [["EfficientZero", "--blocks", x, n] for x, n in (("1", "1"), ("4", "2"))]
+    assert [line[6] for line in lines] == ["12.0", "14.0"]  # of 12 + 1 and 12 + 3
 
 
 def test_a_run_that_was_only_evaluated_and_one_without_scalars(tmp_path, report):
@@ -75,6 +86,11 @@ def test_a_run_that_was_only_evaluated_and_one_without_scalars(tmp_path, report)
     [
         ([], "error: no run folders; give some"),
         (["nowhere"], "error: nowhere holds no evaluations.csv; expected a run folder"),
+        (
+            ["run", "--output", "figure.xyz"],
+            "error: --output is figure.xyz, expected a name that ends in .png",
+        ),
+        (["run", "--gam", "Pong"], "error: there is no flag --gam; did you mean --game?"),
         (["run", "--game", "Pong"], "error: --game Pong was not played by these runs; choose of Storm-v0"),
     ],
 )
