@@ -30,7 +30,8 @@ The 18 actions are divided evenly among the moves of a game, in this order: `mov
 player of `benchmark/bench.py` and `benchmark/report.py`.
 
 Fruit, Rocks and Storm are the paper's setting in miniature: who knows the first two knows two thirds of Storm, but
-has never seen hail, nor a game in which it matters on which side the player is. So Storm begins at two thirds.
+has never seen hail, nor a game in which it matters on which side the player is, nor wind. Who plays fruit and rocks
+right and, in hail, without a look at the player, gets two thirds of what perfect play gets, in the mean.
 """
 
 import warnings
