@@ -490,7 +490,7 @@ def read_flags(cls, description, words=None):
     except SystemExit as end:
         if end.code == 0:  # --help
             raise
-        parts = re.split(r"─{9,}", re.sub(r"[│╭╮╰╯]", " ", said.getvalue()))  # of tyro's box: title, reason, ...
+        parts = re.split("[─-]{9,}", re.sub("[│╭╮╰╯|+]", " ", said.getvalue()))  # of tyro's box: title, reason, ...
         reason = parts[1] if len(parts) > 1 else parts[0]
         raise SystemExit(f"error: {' '.join(reason.split())}; see --help") from None
     flags = {}

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import model
 from distill import cloning_loss, learn
-from finetune import Transfer, combine_losses, gradient_cosines
+from finetune import Transfer, combine_losses, gradient_cosines, short_name
 from pretrain_teacher import Batch, learning_rate_at, unroll_loss
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,6 +207,7 @@ def etas(updates, cosine, **flags):
     code = compile(textwrap.dedent(lines), "finetune.py", "exec")
     space = {"args": SimpleNamespace(**vars(Transfer()) | flags), "m": 1, "batch": None, "games": [None, MagicMock()]}
     space |= {"eta": torch.ones(1), "similar": torch.zeros(1), "measured": 0, "writer": MagicMock(), "torch": torch}
+    space["short_name"] = short_name
     space["recorded_learn"] = lambda batch, eta: (0, 0, 0, None)
     space["learn_batch"] = lambda batch, eta, measure: (0, 0, 0, torch.tensor([cosine(space["update"])]) * measure)
     found = []
