@@ -116,6 +116,7 @@ def test_in_a_log_file_the_bar_is_a_line_every_30_seconds(monkeypatch, capsys):
 def test_help_is_wrapped_between_words(columns, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(sys, "argv", ["finetune.py"])
     finetune = importlib.import_module("finetune")
     with pytest.raises(SystemExit):
         model.read_flags(finetune.Args, finetune.__doc__, ["--help"])
