@@ -87,6 +87,7 @@ def test_xtra_learns_an_unseen_game_in_half_of_the_steps_that_it_takes_from_scra
     assert steps_to_threshold(scratch) is None  # in 208 steps
 
 
+@pytest.mark.faults
 def test_efficientzero_learns_when_to_act(tmp_path):
     """Rare-v0, 8 is perfect, random play 0; docs/learning.md has ten seeds."""
     rare = f"{ONLINE} --env-id toy_env:Rare-v0 --num-envs 4 --total-timesteps 400 --eval-every 400 --seed 1"
