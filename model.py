@@ -642,8 +642,11 @@ def open_run(args, run_dir, may_change):
             found = f"--{name.replace('_', '-')} is {value}, but {path} has {before.get(name)}"
             raise SystemExit(f"error: {found}; give the flags that it was started with, or another --run-dir")
 
+    missing = [] if args.resume else ["--resume"]
+    missing += [] if args.run_dir else ["--run-dir", run_dir]
+
     def stop(*_):
-        words = ["python", *sys.argv, *([] if args.resume else ["--resume", "--run-dir", run_dir])]
+        words = ["python", *sys.argv, *missing]
         print(f"\nstopped. Go on with: {shlex.join(words)}", file=sys.stderr, flush=True)
         os._exit(130)
 
