@@ -124,8 +124,8 @@ def check_numbers(args, may_be_zero):
     if args.resume and not args.run_dir:
         newest = max(glob.glob(f"runs/*__{args.exp_name}__*"), key=os.path.getmtime, default="none in runs/")
         raise SystemExit(f"error: --resume needs the --run-dir that it is to continue; the newest is {newest}")
-    wandb = importlib.util.find_spec("wandb") if args.track else None
-    if args.track and (wandb is None or wandb.origin is None):  # a folder of this name is found too
+    spec = importlib.util.find_spec("wandb")
+    if args.track and (spec is None or spec.origin is None):  # a folder named wandb has a spec too, of no origin
         raise SystemExit("error: --track needs the package wandb, which is not installed; pip install wandb")
 
 
@@ -184,8 +184,9 @@ def atari_rom(env_id):
     """
     ids = [name for name in gym.registry if name.startswith("ALE/")]
     roms = {name[4:].removesuffix("-v5"): gym.registry[name].kwargs["game"] for name in ids}
-    if env_id.endswith("NoFrameskip-v4") and env_id.removesuffix("NoFrameskip-v4") in roms:
-        return roms[env_id.removesuffix("NoFrameskip-v4")]
+    game = env_id.removesuffix("NoFrameskip-v4")
+    if game != env_id and game in roms:
+        return roms[game]
     name = env_id.split(":")[-1]
     if ":" in env_id and name not in gym.registry:  # its module is not imported yet
         return None
@@ -241,7 +242,7 @@ def make_envs(env_id, num_envs, *, life_loss_ends):
     return envs
 
 
-print_once = functools.cache(print)
+print_once = functools.cache(print)  # every evaluation makes its games anew
 
 
 # Copied from pretrain_teacher.py

@@ -474,7 +474,7 @@ def read_flags(cls, description, words=None):
     """The command line as the flags of the dataclass `cls`, in one namespace: --gamma is args.gamma, in whatever group
     of --help it stands. words: instead of those of the command line.
 
-    Exits with one line if a flag is unknown, which names the closest ones.
+    Exits with one line if a value is of the wrong type or a flag is unknown; that one names the closest flags.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log file or a pipe gets each line at once

@@ -93,9 +93,11 @@ def read_run(folder):
     events.Reload()
     scalars = {key: events.Scalars(key) for key in events.Tags()["scalars"]}
     scalars = {key: ([e.step for e in series], [e.value for e in series]) for key, series in scalars.items()}
-    flags = info["args"]
-    run = {"flags": flags, "method": method_of(flags), "env_ids": env_ids}
-    return SimpleNamespace(**run, curves=dict(curves), scalars=scalars)
+    run = SimpleNamespace(flags=info["args"], method=method_of(info["args"]))
+    run.env_ids = env_ids
+    run.curves = dict(curves)
+    run.scalars = scalars
+    return run
 
 
 def random_play(env_id, max_frames):
@@ -152,7 +154,7 @@ def print_table(runs, random, perfect, threshold):
         zero_shot = np.mean([curve[0][2] for curve in curves])
         final = np.mean([curve[-1][2] for curve in curves])
         steps = ""
-        if game in threshold and method not in ("teacher", "student", "zero-shot"):
+        if game in threshold and curves[0][-1][0] > 0:  # environment steps: teachers and students take none
             reached = [(steps_to(curve, threshold[game]), curve[-1][0]) for curve in curves]
             steps = " ".join(f">{last}" if first is None else str(first) for first, last in reached)  # of each seed
         best = "" if perfect[game] is None else f"{perfect[game]:.1f}"

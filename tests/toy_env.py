@@ -334,8 +334,8 @@ class Corridor(Game):
 
 
 class Falling(Game):
-    """Something falls: a fruit to be caught, a rock to be dodged, or hail on both sides, in which one stays put. Wind
-    blows the player to a side at random before each round."""
+    """Something falls: a fruit to be caught, a rock to be dodged, or hail on both sides, in which one stays put. If
+    it is windy, the player is blown to a side at random before each round."""
 
     steps = 16
 
