@@ -14,14 +14,12 @@ so updates of a cycle. There is one update per environment step of 4 frames; the
 
 import difflib
 import functools
-import glob
 import hashlib
-import importlib.util
 import math
 import os
 import re
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import ale_py  # noqa: F401  (importing it registers the games with Gymnasium)
@@ -142,29 +140,10 @@ class Args:
 MAY_CHANGE = {*vars(Run()), "capture_video", "save_dataset", "pretrained", "teachers"}  # on --resume
 
 
-# Copied from pretrain_teacher.py
-def check_numbers(args, may_be_zero):
-    """Exits with one line if a number is negative, or zero where that makes no sense."""
-    for name, value in vars(args).items():
-        lowest = 0 if name in may_be_zero or isinstance(value, float) else 1
-        lowest = {"similarity_threshold": -1, "batch_size": 2, "channels": 2}.get(name, lowest)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and not lowest <= value < float("inf"):
-            raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {lowest} or more")
-    if args.eval_episodes > 1000:  # the seeds from 1000 on are those of self-play
-        raise SystemExit(f"error: --eval-episodes is {args.eval_episodes}, expected 1000 or less; the paper has 32")
-    if args.resume and not args.run_dir:
-        newest = max(glob.glob(f"runs/*__{args.exp_name}__*"), key=os.path.getmtime, default="none in runs/")
-        raise SystemExit(f"error: --resume needs the --run-dir that it is to continue; the newest is {newest}")
-    spec = importlib.util.find_spec("wandb")
-    if args.track and (spec is None or spec.origin is None):  # a folder named wandb has a spec too, of no origin
-        raise SystemExit("error: --track needs the package wandb, which is not installed; pip install wandb")
-
-
 def check_args(args):
     """Exits with one line if the flags do not fit together."""
     may_be_zero = ("seed", "total_timesteps", "extra_updates", "num_simulations", "learning_starts", "similarity_start")
-    check_numbers(args, may_be_zero)
+    model.check_numbers(args, may_be_zero)
     E = args.num_envs
     if args.total_timesteps % E or args.extra_updates % E:
         raise SystemExit(f"error: --total-timesteps and --extra-updates must be multiples of --num-envs, here {E}")
@@ -181,11 +160,14 @@ def check_args(args):
     exists = os.path.exists(args.save_dataset or "")
     if args.save_dataset and (not args.save_dataset.endswith(".npz") or exists and not args.resume):
         raise SystemExit(f"error: --save-dataset is {args.save_dataset}, expected the name of a new .npz file")
+    if args.save_dataset and args.total_timesteps == 0:
+        raise SystemExit("error: --save-dataset needs --total-timesteps, of which there are none; drop one of the two")
 
 
 # Copied from pretrain_teacher.py
-def choose_device(args):
-    """The GPU, or the CPU with the reason why; says so, and what that means for the speed. `args` gets what is used."""
+def choose_device(args, num_updates):
+    """The GPU, or the CPU with the reason why; says so, and what that means for the speed of `num_updates`. `args` gets
+    what is used."""
     missing = "this PyTorch is built for CPUs" if torch.version.cuda is None else "no NVIDIA GPU or no driver for it"
     reason = missing if args.cuda else "--no-cuda"
     args.cuda = args.cuda and torch.cuda.is_available()
@@ -198,7 +180,7 @@ def choose_device(args):
         print(f"device: {torch.cuda.get_device_name()}, bfloat16; networks are {networks}, kernels are {kernels}")
         return torch.device("cuda")
     print(f"device: CPU, float32; nothing is compiled or recorded ({reason})")
-    if args.channels * args.batch_size >= 64 * 256:
+    if num_updates and args.channels * args.batch_size >= 64 * 256:
         print("an update of this size takes 10 to 80 s on two cores; benchmark/quickstart.sh has settings for a CPU")
     return torch.device("cpu")
 
@@ -244,12 +226,12 @@ def atari_rom(env_id):
 
 
 # Copied from pretrain_teacher.py
-def make_envs(env_id, num_envs, *, life_loss_ends):
+def make_envs(env_id, num_envs):
     """`num_envs` copies of a game; after `reset(seed=s)` copy i plays the games of seed s + i.
 
-    Observations are uint8 after `obs.reshape(num_envs, 96, 96, 3)`, rewards raw, Atari actions ALE ids. A game
-    is over if truncated, or terminated with 0 lives in the info; the next step ignores its action, pays 0 and
-    returns the first frame of a new game. life_loss_ends: a lost life is `terminated` too, and the game goes on.
+    Observations are uint8 after `obs.reshape(num_envs, 96, 96, 3)`, rewards raw, Atari actions ALE ids, and Atari's
+    lives are in the info. A game is over if it is terminated or truncated; the next step ignores its action, pays 0 and
+    returns the first frame of a new game. Exits with one line if an environment cannot be made, reset and stepped.
     """
     if rom := atari_rom(env_id):
         return AtariVectorEnv(
@@ -266,44 +248,10 @@ def make_envs(env_id, num_envs, *, life_loss_ends):
             full_action_space=True,
             use_fire_reset=False,
             reward_clipping=False,
-            life_loss_info=life_loss_ends,  # `episodic_life=True` would restart the whole game at each lost life
+            life_loss_info=False,  # `terminated` is the game's own end; `episodic_life=True` would restart it
             max_num_frames_per_episode=108_000,
         )
-    try:
-        envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync", wrappers=[fit_observations])
-    except (gym.error.Error, ImportError) as error:
-        expected = "expected <Game>NoFrameskip-v4, or module:Env-v0 with the module's folder on PYTHONPATH"
-        raise SystemExit(f"error: --env-id {env_id}: {' '.join(str(error).split())}; {expected}") from None
-    obs = envs.single_observation_space
-    actions = envs.single_action_space
-    fits = obs.shape == (96, 96, 3) and obs.dtype == np.uint8 and isinstance(actions, gym.spaces.Discrete)
-    if not fits or actions.start != 0 or actions.n > 18:
-        found = " ".join(f"{obs} and {actions}".split())
-        expected = "expected uint8 images of 1 or 3 channels and Discrete(n) with n <= 18; wrap the environment"
-        raise SystemExit(f"error: --env-id {env_id} has {found}; {expected}")
-    return envs
-
-
-print_once = functools.cache(print)  # every evaluation makes its games anew
-
-
-# Copied from pretrain_teacher.py
-def fit_observations(env):
-    """Wraps an environment of other images, gray or of another size or channel first, into uint8 [96, 96, 3]."""
-    space = env.observation_space
-    shape = space.shape or ()
-    channels_first = len(shape) == 3 and shape[0] in (1, 3)
-    is_image = len(shape) == 2 or channels_first or len(shape) == 3 and shape[2] in (1, 3)
-    if space.dtype != np.uint8 or not is_image or shape == (96, 96, 3):
-        return env  # it fits, or nothing can make it fit
-
-    def fit(obs):
-        pixels = np.moveaxis(obs, 0, -1) if channels_first else obs
-        pixels = pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels  # Pillow's gray images have no channels
-        return np.asarray(Image.fromarray(pixels).convert("RGB").resize((96, 96), Image.BILINEAR))
-
-    print_once(f"{env.spec.id}: its images {shape} are made (96, 96, 3); the last four are stacked, as for Atari")
-    return gym.wrappers.TransformObservation(env, fit, gym.spaces.Box(0, 255, (96, 96, 3), np.uint8))
+    return model.make_own_envs(env_id, num_envs)
 
 
 # Copied from pretrain_teacher.py
@@ -312,7 +260,7 @@ def legal_actions(env_id):
     if rom := atari_rom(env_id):
         ids = [action.value for action in AtariVectorEnv(rom, 1, num_threads=1).ale.get_action_set()]
     else:
-        ids = range(make_envs(env_id, 1, life_loss_ends=False).single_action_space.n)
+        ids = range(make_envs(env_id, 1).single_action_space.n)
     return np.isin(np.arange(18), ids)
 
 
@@ -368,54 +316,12 @@ def save_dataset(path, replay, rows, env_id):
         np.savez(file, env_id=env_id, **arrays)
 
 
-# Copied from pretrain_teacher.py
-def read_dataset(path):
-    """Reads what `save_dataset` wrote -> dict of its arrays, frames still compressed, and `checksum` of them.
-
-    Exits with one line if the file is missing, damaged or something else (docs/finetune.md, "Datasets").
-    """
-    data = model.load_file(path)
-    by_row = ("action", "reward", "acted", "end")
-    names = {"env_id", "frames", "chunk_ends", *by_row}
-    if not names <= data.keys():
-        raise SystemExit(f"error: {path} has no {', '.join(sorted(names - data.keys()))}; give a dataset")
-    data = {name: data[name] for name in names} | {"env_id": str(data["env_id"])}
-    R = len(data["action"])
-    if R == 0 or {len(data[name]) for name in by_row} != {R} or len(data["chunk_ends"]) != -(-R // 8):
-        raise SystemExit(f"error: dataset {path} has not one entry per frame and a chunk for every 8; write it again")
-    is_last = np.append(False, data["end"][:-1] >= GAME_OVER)  # [R] the last frame of a game, or of the data
-    is_last[-1] = True
-    problems = {
-        "no step in it was acted on": not data["acted"].any(),
-        "actions are not ALE ids, 0 to 17": (data["action"] >= 18).any(),
-        "rewards are not finite": not np.isfinite(data["reward"]).all(),
-        "a last frame is missing (a row with acted = False after a game and at the end)": data["acted"][is_last].any(),
-    }
-    for problem, found in problems.items():
-        if found:
-            raise SystemExit(f"error: dataset {path}: {problem}; write it with save_dataset of finetune.py")
-    data["checksum"] = hashlib.sha256(b"".join(data[name].tobytes() for name in ("frames", *by_row))).hexdigest()
-    return data
-
-
 # Copied from distill.py
 def read_teacher(folder):
-    """A run folder of pretrain_teacher.py -> the dict of its dataset, with the teacher's `policy`, `value` and `score`.
-
-    Exits with one line if something is missing or damaged, or if the dataset is not the one that the teacher answered.
-    """
-    answers = model.load_file(f"{folder}/targets.npz")
-    if not {"dataset", "checksum", "policy", "value", "score"} <= answers.keys():
-        raise SystemExit(f"error: {folder}/targets.npz is not what pretrain_teacher.py writes; run it again")
-    path = os.path.normpath(os.path.join(os.path.realpath(folder), str(answers["dataset"])))
-    data = read_dataset(path)
-    if data["checksum"] != str(answers["checksum"]):
-        raise SystemExit(f"error: {folder} has answers to other data than {path}; run the teacher again")
-    for name in ("policy", "value"):
-        data[name] = answers[name]
-        data["checksum"] = hashlib.sha256(data["checksum"].encode() + answers[name].tobytes()).hexdigest()
-    data["score"] = float(answers["score"])
-    return data
+    """A run folder of pretrain_teacher.py -> the dict of its data, with the teacher's `policy`, `value`, `score` and
+    `folder`. Exits with one line if the file is missing or damaged."""
+    data = model.read_dataset(f"{folder}/targets.npz", is_answered=True)
+    return data | {"score": float(data["score"]), "folder": os.path.realpath(folder)}
 
 
 # Copied from pretrain_teacher.py
@@ -449,9 +355,13 @@ def unpack_dataset(replay, rows, data):
     packed = data["frames"].tobytes()
     start = 0
     for i, stop in enumerate(data["chunk_ends"].tolist()):
-        chunk = np.frombuffer(decompressor.decompress(packed[start:stop]), np.uint8).reshape(-1, 96, 96, 3)
-        first = rows.start + 8 * i
-        replay.frames[first : first + len(chunk)] = torch.tensor(chunk).permute(0, 3, 1, 2)
+        eight = slice(rows.start + 8 * i, min(rows.start + 8 * i + 8, rows.stop))
+        try:
+            chunk = np.frombuffer(decompressor.decompress(packed[start:stop]), np.uint8).reshape(-1, 96, 96, 3)
+            replay.frames[eight] = torch.tensor(chunk).permute(0, 3, 1, 2)
+        except (zstandard.ZstdError, ValueError, RuntimeError) as error:
+            found = f"error: the frames of the dataset of {data['env_id']} are not zstd chunks of 8 ({error})"
+            raise SystemExit(f"{found}; write it with save_dataset of finetune.py") from None
         start = stop
     for name in data.keys() & vars(replay).keys() - {"frames"}:  # policy and value too, if a teacher gave them
         getattr(replay, name)[rows] = data[name]
@@ -503,6 +413,7 @@ class Play:
     envs: gym.vector.VectorEnv
     newest: np.ndarray  # [E] row of the newest frame of each environment's stream
     over: np.ndarray  # [E] bool: that frame is a game's last one, and the next step only resets
+    lives: np.ndarray  # [E] at that frame; 0 in other games than Atari's
     score: np.ndarray  # [E] raw return of the game so far
     length: np.ndarray  # [E] environment steps of the game so far
     checksum: "hashlib._Hash"  # sha256 of all frames, rewards and ends
@@ -512,10 +423,30 @@ def start_games(env_id, replay, streams, seed):
     """Resets an environment for each stream, which starts at row `streams` [E]; environment i plays the games of seed
     + i -> Play."""
     E = len(streams)
-    envs = make_envs(env_id, E, life_loss_ends=True)
-    frames = np.ascontiguousarray(envs.reset(seed=seed)[0]).reshape(E, 96, 96, 3)
+    envs = make_envs(env_id, E)
+    if not isinstance(envs, AtariVectorEnv) and rehearse(envs, seed) != rehearse(envs, seed):
+        print(f"warning: {env_id} plays other games if reset with the same seed; no --resume can repeat them")
+    frames, info = envs.reset(seed=seed)
+    frames = np.ascontiguousarray(frames).reshape(E, 96, 96, 3)
     replay.frames[streams] = torch.from_numpy(frames).to(replay.frames.device).permute(0, 3, 1, 2)
-    return Play(envs, streams, np.zeros(E, bool), np.zeros(E), np.zeros(E, np.int64), hashlib.sha256(frames))
+    return Play(
+        envs=envs,
+        newest=streams,
+        over=np.zeros(E, bool),
+        lives=info.get("lives", np.zeros(E)),
+        score=np.zeros(E),
+        length=np.zeros(E, np.int64),
+        checksum=hashlib.sha256(frames),
+    )
+
+
+def rehearse(envs, seed):
+    """Checksum of the first frames and rewards after `reset(seed=seed)`: the same each time if the games follow it."""
+    shown = [envs.reset(seed=seed)[0]]
+    for _ in range(8):
+        frames, reward, *_ = envs.step(np.zeros(envs.num_envs, np.int64))
+        shown += [frames, reward]
+    return hashlib.sha256(b"".join(x.tobytes() for x in shown)).hexdigest()
 
 
 def play_step(play, replay, action, env_steps, priority=1.0):
@@ -524,8 +455,10 @@ def play_step(play, replay, action, env_steps, priority=1.0):
     E = len(rows)
     frames, reward, terminated, truncated, info = play.envs.step(action)
     frames = np.ascontiguousarray(frames).reshape(E, 96, 96, 3)
-    lives = info["lives"] if isinstance(play.envs, AtariVectorEnv) else np.zeros(E)
-    end = np.select([truncated, terminated & (lives > 0), terminated], [TIME_LIMIT, LIFE_LOST, GAME_OVER], 0)
+    lives = info.get("lives", np.zeros(E))
+    # Some games go on for a while with 0 lives, and Adventure is over with as many as before: only `terminated` knows.
+    life_lost = (lives < play.lives) & (lives > 0)
+    end = np.select([truncated, terminated, life_lost], [TIME_LIMIT, GAME_OVER, LIFE_LOST], 0)
     acted = ~play.over  # the step after a game's last frame only resets: its action and reward are void
     replay.action[rows] = action
     replay.reward[rows] = reward
@@ -538,6 +471,7 @@ def play_step(play, replay, action, env_steps, priority=1.0):
     play.score = np.where(play.over, 0, play.score + reward)
     play.length = np.where(play.over, 0, play.length + 1)
     play.over = acted & np.isin(end, (GAME_OVER, TIME_LIMIT))
+    play.lives = lives
     play.newest = rows + 1
     for array in (frames, replay.reward[rows], replay.end[rows]):
         play.checksum.update(array)
@@ -782,7 +716,7 @@ def evaluate(search, env_id, max_frames, movie=None):
     episodes = search.capacity
     rng = np.random.default_rng(0)
     device = next(search.net.parameters()).device
-    envs = make_envs(env_id, episodes, life_loss_ends=False)
+    envs = make_envs(env_id, episodes)
     legal = legal_actions(env_id)  # [A]
     frames = envs.reset(seed=0)[0].reshape(episodes, 96, 96, 3)
     stack = torch.as_tensor(frames).permute(0, 3, 1, 2).repeat(1, 4, 1, 1).to(device)  # [episodes, 12, 96, 96]
@@ -895,6 +829,14 @@ def log_video(writer, path, env_id, movie, updates):
 
 
 # --- setup ---
+# Copied from distill.py
+def teacher_folders(datasets, run_dir):
+    """Where the offline games' teachers lie, for model.pt: {checksum: [seen from the run folder, absolute]}. If one of
+    the two folders moves, the other way leads there."""
+    start = os.path.realpath(run_dir)
+    return {data["checksum"]: [os.path.relpath(data["folder"], start), data["folder"]] for data in datasets}
+
+
 # The SimSiam heads compare what g predicts with what h sees: they come along with both.
 TRANSFERRED = {
     "h": ["representation"],
@@ -904,7 +846,7 @@ TRANSFERRED = {
 
 
 def load_networks(args):
-    """The network to start from -> (net on the CPU, run folders of the offline games' teachers).
+    """The network to start from -> (net on the CPU, `teacher_folders` of its offline games).
 
     --pretrained loads all of it, or with --transfer hg only h and g, with h only h; the rest starts at random.
     """
@@ -912,7 +854,7 @@ def load_networks(args):
     if args.pretrained is None:
         options = {"norm_steps": norm_steps, "action_gain": args.action_gain}
         config = model.ModelConfig.of_width(args.channels or 64, args.blocks or 1, **options)
-        return model.EfficientZeroNet(config), args.teachers
+        return model.EfficientZeroNet(config), {}
     pretrained, info = model.load_model(f"{args.pretrained}/model.pt")
     for name in ("channels", "blocks"):
         found, asked = getattr(pretrained.config, name), getattr(args, name)
@@ -922,15 +864,33 @@ def load_networks(args):
         found = f"batch norm statistics of {pretrained.config.norm_steps} unroll steps, this run has {norm_steps}"
         hint = "give the --unroll-steps and --step-statistics of that run"
         raise SystemExit(f"error: --pretrained {args.pretrained} has {found}; {hint}")
-    teachers = [os.path.join(os.path.realpath(args.pretrained), folder) for folder in info.get("teachers", [])]
-    if args.cross_task and args.total_timesteps and not (args.teachers or teachers):
-        found = "names no teachers" if "teachers" in info else "is not a student of distill.py"
+    folders = info.get("teacher_folders", {})
+    if args.cross_task and args.total_timesteps and not (args.teachers or folders):
+        found = "names no teachers" if "teacher_folders" in info else "is not a student of distill.py"
         hint = "give a student, or --teachers or --no-cross-task"
         raise SystemExit(f"error: --pretrained {args.pretrained} {found}; {hint}")
     net = model.EfficientZeroNet(replace(pretrained.config, action_gain=args.action_gain))
     for part in TRANSFERRED[args.transfer]:
         getattr(net, part).load_state_dict(getattr(pretrained, part).state_dict())
-    return net, args.teachers or teachers
+    return net, folders
+
+
+def read_teachers(args, folders):
+    """The offline games -> list of what `read_teacher` returns. They are those of --teachers, or else those with which
+    the student was distilled, wherever of `folders` they lie; a checksum tells."""
+    if args.teachers or args.total_timesteps == 0 or not args.cross_task:  # without training nothing is read
+        return [read_teacher(folder) for folder in args.teachers if args.total_timesteps]
+    datasets = []
+    for checksum, places in folders.items():
+        places = dict.fromkeys(os.path.realpath(os.path.join(os.path.realpath(args.pretrained), x)) for x in places)
+        there = [read_teacher(folder) for folder in places if os.path.exists(f"{folder}/targets.npz")]
+        same = [data for data in there if data["checksum"] == checksum]
+        if not same:
+            found = "have changed since" if there else "are gone"
+            hint = "give the teachers that it is to train on as --teachers"
+            raise SystemExit(f"error: teacher and data of --pretrained in {' or '.join(places)} {found}; {hint}")
+        datasets += same[:1]
+    return datasets
 
 
 if __name__ == "__main__":
@@ -944,18 +904,18 @@ if __name__ == "__main__":
     rng = np.random.default_rng(args.seed)  # sampling, search, noise and self-play
 
     # networks and data: rows of the offline games, then a stream of rows for each environment
-    net, teachers = load_networks(args)
-    args.channels, args.blocks = net.config.channels, net.config.blocks
-    device = choose_device(args)
     legal = legal_actions(args.env_id)  # [A]
-    teachers = teachers if args.cross_task and args.total_timesteps else ()
-    datasets = [read_teacher(folder) for folder in teachers]
+    net, folders = load_networks(args)
+    args.channels, args.blocks = net.config.channels, net.config.blocks
+    device = choose_device(args, total_updates)
+    datasets = read_teachers(args, folders)
     checksums = [data["checksum"] for data in datasets]
-    if args.env_id in [data["env_id"] for data in datasets]:
+    env_ids = [data["env_id"] for data in datasets]
+    if args.env_id in env_ids:
         raise SystemExit(f"error: --env-id {args.env_id} is one of the offline games; choose a game that is not")
     m = len(datasets)
-    if len(set(checksums)) < m:
-        raise SystemExit("error: --teachers has a teacher twice; give each once")
+    if len(set(env_ids)) < m:
+        raise SystemExit(f"error: --teachers has a game twice: {' '.join(env_ids)}; give one teacher of each game")
     if m and args.offline_batch_size % m:
         raise SystemExit(f"error: --offline-batch-size {args.offline_batch_size} is not a multiple of the {m} games")
     sizes = [args.batch_size] + m * [args.offline_batch_size // max(1, m)]  # samples of each game in a batch
@@ -989,9 +949,11 @@ if __name__ == "__main__":
     recorded_learn = record(learn_batch) if record else learn_batch
 
     # the run folder, the games, and if the run goes on, all that it had
-    run_name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_name = model.file_name(f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     run_dir = args.run_dir or f"runs/{run_name}"
-    lock, checkpoint = model.open_run(args, run_dir, MAY_CHANGE)  # the lock is held until this process ends
+    if args.save_dataset:
+        model.check_writable("--save-dataset", os.path.dirname(args.save_dataset))
+    lock, checkpoint = model.open_run(args, Args, net.config, run_dir, MAY_CHANGE)  # locked until this process ends
     streams = np.arange(own.start, own.stop, stream_length)  # [E] first row of each
     # Evaluations have the seeds below 1000; ale-py takes 31 bits.
     play = start_games(args.env_id, replay, streams, seed=1000 * (1 + args.seed) % 2_000_000_000)
@@ -1012,7 +974,8 @@ if __name__ == "__main__":
             play_step(play, replay, action, env_steps)
             env_steps += E
         if play.checksum.hexdigest() != checkpoint["checksum"]:
-            raise SystemExit("error: the games differ from those of the checkpoint; use its ale-py or environment")
+            found = "the games differ from those of the checkpoint, which follow from its seed and actions"
+            raise SystemExit(f"error: {found}; use its ale-py or environment, one that follows the seed")
         for name, learner in learners.items():
             learner.load_state_dict(checkpoint[name])
         rng.bit_generator.state = checkpoint["rng"]
@@ -1024,8 +987,8 @@ if __name__ == "__main__":
         measured, renewed = checkpoint["measured"], checkpoint["renewed"]
         updates, scores, evaluations = checkpoint["updates"], checkpoint["scores"], checkpoint["evaluations"]
 
-    folders = [os.path.relpath(os.path.realpath(folder), os.path.realpath(run_dir)) for folder in teachers]
-    info = {"args": vars(args), "env_ids": [game.env_id for game in games], "teachers": folders}
+    info = {"args": vars(args), "env_ids": [args.env_id, *env_ids]}
+    info["teacher_folders"] = teacher_folders(datasets, run_dir)
 
     def due(every):  # whether a multiple of `every` came since the last cycle
         return updates % every < E
@@ -1044,7 +1007,8 @@ if __name__ == "__main__":
         if updates > start_updates and (evaluating or due(args.checkpoint_every)):
             writer.flush()
             checkpoint = {name: learner.state_dict() for name, learner in learners.items()}
-            checkpoint |= {"rng": rng.bit_generator.state, "generator": generator.get_state(), "args": vars(args)}
+            checkpoint |= {"rng": rng.bit_generator.state, "generator": generator.get_state()}
+            checkpoint |= {"args": vars(args), "config": asdict(net.config)}
             for name in ("policy", "value", "turn", "uses"):
                 checkpoint[name] = torch.from_numpy(getattr(replay, name)[own])
             actions = replay.action[own].reshape(E, stream_length)[:, : env_steps // E].T.copy()
@@ -1172,9 +1136,13 @@ if __name__ == "__main__":
     play.envs.close()
     writer.close()
 
-    if args.save_dataset and not os.path.exists(args.save_dataset):
+    if args.save_dataset and os.path.exists(args.save_dataset):  # the run was done, and has been asked again
+        if not np.array_equal(model.read_dataset(args.save_dataset)["action"], replay.action[own]):
+            raise SystemExit(f"error: --save-dataset {args.save_dataset} has other data; --resume with another name")
+    elif args.save_dataset:
         save_dataset(args.save_dataset, replay, own, args.env_id)
-        print(f"{args.save_dataset}: dataset saved. Next: python pretrain_teacher.py --datasets {args.save_dataset}")
+        next_stage = model.command("pretrain_teacher.py", "--datasets", args.save_dataset)
+        print(f"{args.save_dataset}: dataset saved. Next: {next_stage}")
     video = f", the first of its last games in video-{updates}.gif" if args.capture_video else ""
     print(f"{short_name(args.env_id)}: return {scores[args.env_id]:.1f} after {env_steps:,} environment steps{video}")
-    print(f"{run_dir}: agent saved. Next: python benchmark/report.py {run_dir}")
+    print(f"{run_dir}: agent saved. Next: {model.command('benchmark/report.py', run_dir)}")

@@ -19,6 +19,7 @@ processes load the cache. NUMBA_DISABLE_JIT=1 turns everything into plain Python
 
 import functools
 import os
+import warnings
 from typing import NamedTuple
 
 import numba
@@ -101,7 +102,7 @@ def make_tree(root_prior, legal, num_simulations, *, discount, c_init=C_INIT, se
 
 
 # Inlined, and arrays are indexed down to numbers: each array or row passed around would cost an atomic reference count.
-kernel = njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
+kernel = njit(nogil=True, error_model="numpy", forceinline=True)
 
 
 @kernel
@@ -232,7 +233,17 @@ def expand_and_backup_root(tree, s, outputs, b):
     root.q_min, root.q_max = q_min, q_max
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+def cached(function):
+    """`function` compiled, and kept on disk for later processes. Where no folder can be written, each compiles it."""
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:
+        warnings.warn("the compiled search cannot be kept: NUMBA_CACHE_DIR may name a folder for it", stacklevel=2)
+        return njit(**options)(function)
+
+
+@cached
 def step(tree, s, outputs, expand, select):
     """Expansion and backup of simulation s, traversal of simulation s + 1, or both: one call, as each costs 5 us.
     Here `prange` is `range`."""
@@ -250,7 +261,11 @@ step_parallel = njit(nogil=True, error_model="numpy", parallel=True)(getattr(ste
 def run_step(tree, s, outputs, expand, select, threads=1):
     """`step` on up to `threads` threads. outputs [B, 2 + A] float32: value prefix, value, prior (read if `expand`)."""
     if threads == 1:
-        return step(tree, s, outputs, expand, select)
+        try:
+            return step(tree, s, outputs, expand, select)
+        except OSError as error:  # numba compiled it and could not keep it: it has not run yet
+            warnings.warn(f"the compiled search cannot be kept: {error}", stacklevel=1)
+            return step(tree, s, outputs, expand, select)
     threads_before = numba.get_num_threads()
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     step_parallel(tree, s, outputs, expand, select)

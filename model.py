@@ -16,6 +16,9 @@ import copy
 import difflib
 import functools
 import gc
+import glob
+import hashlib
+import importlib.util
 import io
 import os
 import pickle
@@ -24,6 +27,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import textwrap
 import time
 import zipfile
@@ -32,10 +36,12 @@ from dataclasses import asdict, dataclass, is_dataclass
 from types import SimpleNamespace
 
 import filelock
+import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from PIL import Image
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
@@ -469,16 +475,113 @@ def augment(obs, generator, scale=0.05):
     return shifted.mul_(1 + scale * noise)
 
 
+# --- environments of your own ---
+print_once = functools.cache(print)  # every evaluation makes its games anew
+
+
+class Checked(gym.Wrapper):
+    """An environment whose images, gray or of another size or channel first, become uint8 [96, 96, 3].
+
+    Ends the run with one line at a frame that is not of its space, and at a reward that is not a finite number.
+    """
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.steps = 0  # of the game so far
+        shape = env.observation_space.shape or ()
+        self.channels_first = len(shape) == 3 and shape[0] in (1, 3)
+        is_image = len(shape) == 2 or self.channels_first or len(shape) == 3 and shape[2] in (1, 3)
+        self.is_resized = env.observation_space.dtype == np.uint8 and is_image and shape != (96, 96, 3)
+        if self.is_resized:
+            print_once(
+                f"{env.spec.id}: its images {shape} are made (96, 96, 3); the last four are stacked, as for Atari"
+            )
+            self.observation_space = gym.spaces.Box(0, 255, (96, 96, 3), np.uint8)
+
+    def fit(self, obs):
+        space = self.env.observation_space
+        pixels = np.asarray(obs)
+        if pixels.shape != space.shape or pixels.dtype != space.dtype:
+            found = f"shows {pixels.dtype} {pixels.shape} at step {self.steps} of a game, but its space is"
+            raise SystemExit(f"error: {self.spec.id} {found} {space.dtype} {space.shape}; mend one of the two")
+        if not self.is_resized:
+            return pixels
+        pixels = np.moveaxis(pixels, 0, -1) if self.channels_first else pixels
+        pixels = pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels  # Pillow's gray images have no channels
+        return np.asarray(Image.fromarray(pixels).convert("RGB").resize((96, 96), Image.BILINEAR))
+
+    def reset(self, **options):
+        self.steps = 0
+        return self.fit(self.env.reset(**options)[0]), {}
+
+    def step(self, action):
+        self.steps += 1
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        paid = np.asarray(reward)
+        if paid.shape or paid.dtype.kind not in "biuf" or not abs(paid) < 3e38:  # as float32 holds it
+            found = f"pays {reward} at step {self.steps} of a game"
+            raise SystemExit(f"error: {self.spec.id} {found}, expected a finite number; mend the environment")
+        return self.fit(obs), reward, terminated, truncated, {}
+
+
+def make_own_envs(env_id, num_envs):
+    """`num_envs` copies of an environment that is registered with Gymnasium, `Checked`, as one vector environment.
+
+    Exits with one line if they cannot be made, reset and stepped, or have other spaces than the networks need.
+    """
+    try:
+        envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync", wrappers=[Checked])
+        obs = envs.single_observation_space
+        actions = envs.single_action_space
+        fits = obs.shape == (96, 96, 3) and obs.dtype == np.uint8 and isinstance(actions, gym.spaces.Discrete)
+        fits = fits and actions.start == 0 and actions.n <= 18
+        if fits:
+            envs.reset(seed=0)
+            envs.step(np.zeros(num_envs, np.int64))
+    except Exception as error:  # whatever the code of others raises
+        found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        expected = "expected <Game>NoFrameskip-v4, or a module:Env-v0 that gymnasium.make can make, reset and step"
+        raise SystemExit(f"error: --env-id {env_id}: {found}; {expected}; is its folder on PYTHONPATH?") from None
+    if not fits:
+        found = " ".join(f"{obs} and {actions}".split())
+        expected = "expected uint8 images of 1 or 3 channels and Discrete(n) with n <= 18; wrap the environment"
+        raise SystemExit(f"error: --env-id {env_id} has {found}; {expected}")
+    return envs
+
+
 # --- command line and terminal ---
+class Output:
+    """A stream of text whose end ends nothing: what is written to a closed terminal or a broken pipe is lost."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        stream.reconfigure(line_buffering=True, errors="replace")  # a log file or a pipe gets each line at once
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
 def read_flags(cls, description, words=None):
     """The command line as the flags of the dataclass `cls`, in one namespace: --gamma is args.gamma, in whatever group
-    of --help it stands. words: instead of those of the command line.
+    of --help it stands. `~` is expanded. words: instead of those of the command line.
 
-    Exits with one line if a value is of the wrong type or a flag is unknown; that one names the closest flags.
+    Exits with one line if a value is of the wrong type or empty, a flag given twice or unknown; that one names the
+    closest flags.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # a log file or a pipe gets each line at once
-    width = shutil.get_terminal_size().columns - 1
+    for name in ("stdout", "stderr"):
+        if type(getattr(sys, name)) is io.TextIOWrapper:
+            setattr(sys, name, Output(getattr(sys, name)))
+    words = sys.argv[1:] if words is None else words
+    width = max(40, shutil.get_terminal_size().columns - 1)
     paragraphs = description.strip().split("\n\n")
     indent = {"initial_indent": " ", "subsequent_indent": " "}  # without it tyro makes one line of a paragraph
     wrapped = [x if x.startswith("  ") else textwrap.fill(" ".join(x.split()), width, **indent) for x in paragraphs]
@@ -497,8 +600,42 @@ def read_flags(cls, description, words=None):
     for name, value in vars(parsed).items():
         flags |= vars(value) if is_dataclass(value) else {name: value}
     if unknown:
-        refuse_flag(unknown[0], flags, sys.argv[1:] if words is None else words)
+        refuse_flag(unknown[0], flags, words)
+    given = [x.split("=")[0][2:].replace("-", "_").removeprefix("no_") for x in words if x.startswith("--")]
+    for name in given:
+        flag = f"--{name.replace('_', '-')}"
+        if given.count(name) > 1:
+            raise SystemExit(f"error: {flag} is given twice; give it once, with all its values after it")
+        if flags.get(name) in ("", ()) or isinstance(flags.get(name), tuple) and "" in flags[name]:
+            raise SystemExit(f"error: {flag} is given without a value; give one, or drop the flag")
+    for name, value in flags.items():
+        if isinstance(value, str):
+            flags[name] = os.path.expanduser(value)
+        if isinstance(value, tuple):
+            flags[name] = tuple(map(os.path.expanduser, value))
     return SimpleNamespace(**flags)
+
+
+def check_numbers(args, may_be_zero):
+    """Exits with one line if a number is too small, as 0 mostly is, or too large."""
+    smallest = {"similarity_threshold": -1, "batch_size": 2, "channels": 2, "eval_max_frames": 4}
+    smallest |= {"dirichlet_alpha": 1e-3, "max_grad_norm": 1e-3}
+    largest = dict.fromkeys(("gamma", "momentum", "priority_beta", "dirichlet_fraction", "similarity_threshold"), 1)
+    largest |= {"seed": 2**64 - 1, "eval_episodes": 1000}  # the seeds of games from 1000 on are those of self-play
+    for name, value in vars(args).items():
+        lowest = smallest.get(name, 0 if name in may_be_zero or isinstance(value, float) else 1)
+        highest = largest.get(name, sys.float_info.max)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not lowest <= value <= highest:
+            expected = f"{lowest} to {highest}" if name in largest else f"{lowest} or more"
+            raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {expected}")
+    if args.resume and not args.run_dir:
+        runs = glob.glob(f"runs/*__{file_name(args.exp_name)}__*")
+        newest = max(runs, key=os.path.getmtime, default="none in runs/")
+        raise SystemExit(f"error: --resume needs the --run-dir that it is to continue; the newest is {newest}")
+    spec = importlib.util.find_spec("wandb")
+    if args.track and (spec is None or spec.origin is None):  # a folder named wandb has a spec too, of no origin
+        raise SystemExit("error: --track needs the package wandb, which is not installed; pip install wandb")
 
 
 def refuse_flag(word, flags, words):
@@ -592,6 +729,40 @@ def load_file(path):
         raise SystemExit(f"error: {path} is damaged, or no file of this project ({reason}); make it again") from None
 
 
+def read_dataset(path, is_answered=False):
+    """Reads what `save_dataset` wrote -> dict of its arrays, frames still compressed, and `checksum` of them.
+
+    is_answered: whether it is a targets.npz, which has a teacher's `policy`, `value` and `score` too. Exits with one
+    line if the file is missing, damaged or something else (docs/finetune.md, "Datasets").
+    """
+    data = load_file(path)
+    kinds = {"action": "iu", "reward": "f", "acted": "b", "end": "iu"}  # of the arrays with an entry per frame
+    kinds |= {"policy": "f", "value": "f"} if is_answered else {}
+    names = {"env_id", "frames", "chunk_ends", *kinds} | ({"score"} if is_answered else set())
+    if not names <= data.keys():
+        raise SystemExit(f"error: {path} has no {', '.join(sorted(names - data.keys()))}; give a dataset")
+    data = {name: data[name] for name in names} | {"env_id": str(data["env_id"])}
+    R = len(data["action"])
+    if R == 0 or {len(data[name]) for name in kinds} != {R} or len(data["chunk_ends"]) != -(-R // 8):
+        raise SystemExit(f"error: dataset {path} has not one entry per frame and a chunk for every 8; write it again")
+    acted = data["acted"].astype(bool)
+    is_last = np.append(False, data["end"][:-1] >= 2)  # [R] the last frame of a game, or of the data
+    is_last[-1] = True
+    problems = {
+        "acted is not bool, action or end no integers": any(data[x].dtype.kind not in kinds[x] for x in kinds),
+        "no step in it was acted on": not acted.any(),
+        "actions are not ALE ids, 0 to 17": not np.isin(data["action"], range(18)).all(),
+        "rewards are not finite": not (np.abs(data["reward"]) < 3e38).all(),
+        "an end is not 0 to 3, or is not at the action that ended it": (data["end"] > 3 * acted).any(),
+        "a last frame is missing (a row with acted = False after a game and at the end)": acted[is_last].any(),
+    }
+    for problem, found in problems.items():
+        if found:
+            raise SystemExit(f"error: dataset {path}: {problem}; write it with save_dataset of finetune.py")
+    data["checksum"] = hashlib.sha256(b"".join(data[name].tobytes() for name in ("frames", *kinds))).hexdigest()
+    return data
+
+
 def save_model(path, net, **info):
     """Writes the weights, the config, and what else is worth knowing (plain values)."""
     with whole_file(path) as file:
@@ -617,38 +788,70 @@ def load_model(path, device="cpu"):
     return net.eval(), content
 
 
-def open_run(args, run_dir, may_change):
+def file_name(text):
+    """`text` as a name that every file system takes and no shell reads otherwise."""
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "-", text)[-200:]
+
+
+def command(script, *words):
+    """The command line of a script that lies beside the one that runs, to be pasted into a shell."""
+    return shlex.join([sys.orig_argv[0], os.path.join(os.path.dirname(sys.argv[0]), script), *words])
+
+
+def check_writable(flag, folder):
+    """Makes a folder. Exits with one line if nothing can be written there."""
+    try:
+        os.makedirs(folder or ".", exist_ok=True)
+        tempfile.TemporaryFile(dir=folder or ".").close()
+    except OSError as error:
+        raise SystemExit(f"error: {flag} {folder}: {error.strerror}; choose another folder") from None
+
+
+def open_run(args, cls, config, run_dir, may_change):
     """Makes a run folder and locks it until this process ends -> (the lock, the checkpoint in it or None).
 
+    cls: the dataclass of the flags, for the defaults of those that the run started without. config: of the network.
     may_change: the flags that --resume may be given with other values. From here on Ctrl-C ends the process at once, as
     any kill does, and says how to go on. Exits with one line if the folder is not fit for this run.
     """
+    check_writable("--run-dir", run_dir)
+    if os.listdir(run_dir) and not args.resume:
+        hint = "continue the run in it with --resume, or choose another folder"
+        raise SystemExit(f"error: --run-dir {run_dir} is not empty; {hint}")
+    lock = filelock.FileLock(f"{run_dir}/lock", fallback_to_soft=False)  # that one would outlive a kill
     try:
-        os.makedirs(run_dir, exist_ok=True)
-        if os.listdir(run_dir) and not args.resume:
-            hint = "continue the run in it with --resume, or choose another folder"
-            raise SystemExit(f"error: --run-dir {run_dir} is not empty; {hint}")
-        lock = filelock.FileLock(f"{run_dir}/lock")
         lock.acquire(timeout=0)
-        print(f"run folder: {run_dir} (Ctrl-C stops; --resume --run-dir {run_dir} goes on)")
-    except OSError as error:
-        reason = "is in use by another process" if isinstance(error, filelock.Timeout) else error.strerror
-        raise SystemExit(f"error: --run-dir {run_dir}: {reason}; choose another folder") from None
+    except filelock.Timeout:
+        raise SystemExit(f"error: --run-dir {run_dir} is in use by another process; choose another folder") from None
+    except (OSError, NotImplementedError) as error:
+        print(f"warning: {run_dir} cannot be locked ({error}); no other process may use it")
+    print(f"run folder: {run_dir} (Ctrl-C stops; {shlex.join(['--resume', '--run-dir', run_dir])} goes on)")
     path = f"{run_dir}/checkpoint.pt"
     checkpoint = load_file(path) if os.path.exists(path) else None
-    before = checkpoint["args"] if checkpoint else vars(args)
-    for name, value in vars(args).items():
-        if name not in may_change and before.get(name) != value:
-            found = f"--{name.replace('_', '-')} is {value}, but {path} has {before.get(name)}"
-            raise SystemExit(f"error: {found}; give the flags that it was started with, or another --run-dir")
+    if checkpoint:
+        compare_runs(path, checkpoint, args, cls, config, may_change)
 
     missing = [] if args.resume else ["--resume"]
     missing += [] if args.run_dir else ["--run-dir", run_dir]
 
     def stop(*_):
-        words = ["python", *sys.argv, *missing]
-        print(f"\nstopped. Go on with: {shlex.join(words)}", file=sys.stderr, flush=True)
+        print(f"\nstopped. Go on with: {shlex.join([*sys.orig_argv, *missing])}", file=sys.stderr, flush=True)
         os._exit(130)
 
     signal.signal(signal.SIGINT, stop)
     return lock, checkpoint
+
+
+def compare_runs(path, checkpoint, args, cls, config, may_change):
+    """Exits with one line if a checkpoint is of a run with other flags or another network. What is new since then had
+    its default."""
+    now = vars(args) | asdict(config)
+    defaults = vars(read_flags(cls, "", [])) | asdict(ModelConfig())
+    before = defaults | checkpoint["args"] | checkpoint.get("config", {})
+    for name in before:
+        flag = f"--{name.replace('_', '-')}" if name in checkpoint["args"] | vars(args) else f"{name} of the network"
+        if name not in now and name not in may_change:
+            raise SystemExit(f"error: {path} has {flag}, which this script has not; use the one that wrote it")
+        if name not in may_change and before[name] != now[name]:
+            found = f"{flag} is {now[name]}, but {path} has {before[name]}"
+            raise SystemExit(f"error: {found}; give the flags that it was started with, or another --run-dir")

@@ -13,14 +13,11 @@ The x-axis is updates; there are no environment steps outside evaluation.
 
 import difflib
 import functools
-import glob
-import hashlib
-import importlib.util
 import math
 import os
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 import ale_py  # noqa: F401  (importing it registers the games with Gymnasium)
@@ -31,7 +28,6 @@ import torch
 import torch.nn.functional as F
 import zstandard
 from ale_py.vector_env import AtariVectorEnv
-from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 import mcts
@@ -113,24 +109,6 @@ class Args:
 MAY_CHANGE = {*vars(Run()), "datasets"}  # on --resume; the content of the datasets is compared
 
 
-def check_numbers(args, may_be_zero):
-    """Exits with one line if a number is negative, or zero where that makes no sense."""
-    for name, value in vars(args).items():
-        lowest = 0 if name in may_be_zero or isinstance(value, float) else 1
-        lowest = {"similarity_threshold": -1, "batch_size": 2, "channels": 2}.get(name, lowest)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and not lowest <= value < float("inf"):
-            raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {lowest} or more")
-    if args.eval_episodes > 1000:  # the seeds from 1000 on are those of self-play
-        raise SystemExit(f"error: --eval-episodes is {args.eval_episodes}, expected 1000 or less; the paper has 32")
-    if args.resume and not args.run_dir:
-        newest = max(glob.glob(f"runs/*__{args.exp_name}__*"), key=os.path.getmtime, default="none in runs/")
-        raise SystemExit(f"error: --resume needs the --run-dir that it is to continue; the newest is {newest}")
-    spec = importlib.util.find_spec("wandb")
-    if args.track and (spec is None or spec.origin is None):  # a folder named wandb has a spec too, of no origin
-        raise SystemExit("error: --track needs the package wandb, which is not installed; pip install wandb")
-
-
 def check_games(args, flag, expected):
     """Exits with one line if `--flag` names no game, or if games or cycles do not divide what they are to share."""
     m = len(getattr(args, flag))
@@ -142,8 +120,9 @@ def check_games(args, flag, expected):
         raise SystemExit(f"error: --num-updates {args.num_updates} is no multiple of --cycle {args.cycle}; make it one")
 
 
-def choose_device(args):
-    """The GPU, or the CPU with the reason why; says so, and what that means for the speed. `args` gets what is used."""
+def choose_device(args, num_updates):
+    """The GPU, or the CPU with the reason why; says so, and what that means for the speed of `num_updates`. `args` gets
+    what is used."""
     missing = "this PyTorch is built for CPUs" if torch.version.cuda is None else "no NVIDIA GPU or no driver for it"
     reason = missing if args.cuda else "--no-cuda"
     args.cuda = args.cuda and torch.cuda.is_available()
@@ -156,7 +135,7 @@ def choose_device(args):
         print(f"device: {torch.cuda.get_device_name()}, bfloat16; networks are {networks}, kernels are {kernels}")
         return torch.device("cuda")
     print(f"device: CPU, float32; nothing is compiled or recorded ({reason})")
-    if args.channels * args.batch_size >= 64 * 256:
+    if num_updates and args.channels * args.batch_size >= 64 * 256:
         print("an update of this size takes 10 to 80 s on two cores; benchmark/quickstart.sh has settings for a CPU")
     return torch.device("cpu")
 
@@ -199,12 +178,12 @@ def atari_rom(env_id):
     return None
 
 
-def make_envs(env_id, num_envs, *, life_loss_ends):
+def make_envs(env_id, num_envs):
     """`num_envs` copies of a game; after `reset(seed=s)` copy i plays the games of seed s + i.
 
-    Observations are uint8 after `obs.reshape(num_envs, 96, 96, 3)`, rewards raw, Atari actions ALE ids. A game
-    is over if truncated, or terminated with 0 lives in the info; the next step ignores its action, pays 0 and
-    returns the first frame of a new game. life_loss_ends: a lost life is `terminated` too, and the game goes on.
+    Observations are uint8 after `obs.reshape(num_envs, 96, 96, 3)`, rewards raw, Atari actions ALE ids, and Atari's
+    lives are in the info. A game is over if it is terminated or truncated; the next step ignores its action, pays 0 and
+    returns the first frame of a new game. Exits with one line if an environment cannot be made, reset and stepped.
     """
     if rom := atari_rom(env_id):
         return AtariVectorEnv(
@@ -221,43 +200,10 @@ def make_envs(env_id, num_envs, *, life_loss_ends):
             full_action_space=True,
             use_fire_reset=False,
             reward_clipping=False,
-            life_loss_info=life_loss_ends,  # `episodic_life=True` would restart the whole game at each lost life
+            life_loss_info=False,  # `terminated` is the game's own end; `episodic_life=True` would restart it
             max_num_frames_per_episode=108_000,
         )
-    try:
-        envs = gym.make_vec(env_id, num_envs, vectorization_mode="sync", wrappers=[fit_observations])
-    except (gym.error.Error, ImportError) as error:
-        expected = "expected <Game>NoFrameskip-v4, or module:Env-v0 with the module's folder on PYTHONPATH"
-        raise SystemExit(f"error: --env-id {env_id}: {' '.join(str(error).split())}; {expected}") from None
-    obs = envs.single_observation_space
-    actions = envs.single_action_space
-    fits = obs.shape == (96, 96, 3) and obs.dtype == np.uint8 and isinstance(actions, gym.spaces.Discrete)
-    if not fits or actions.start != 0 or actions.n > 18:
-        found = " ".join(f"{obs} and {actions}".split())
-        expected = "expected uint8 images of 1 or 3 channels and Discrete(n) with n <= 18; wrap the environment"
-        raise SystemExit(f"error: --env-id {env_id} has {found}; {expected}")
-    return envs
-
-
-print_once = functools.cache(print)  # every evaluation makes its games anew
-
-
-def fit_observations(env):
-    """Wraps an environment of other images, gray or of another size or channel first, into uint8 [96, 96, 3]."""
-    space = env.observation_space
-    shape = space.shape or ()
-    channels_first = len(shape) == 3 and shape[0] in (1, 3)
-    is_image = len(shape) == 2 or channels_first or len(shape) == 3 and shape[2] in (1, 3)
-    if space.dtype != np.uint8 or not is_image or shape == (96, 96, 3):
-        return env  # it fits, or nothing can make it fit
-
-    def fit(obs):
-        pixels = np.moveaxis(obs, 0, -1) if channels_first else obs
-        pixels = pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels  # Pillow's gray images have no channels
-        return np.asarray(Image.fromarray(pixels).convert("RGB").resize((96, 96), Image.BILINEAR))
-
-    print_once(f"{env.spec.id}: its images {shape} are made (96, 96, 3); the last four are stacked, as for Atari")
-    return gym.wrappers.TransformObservation(env, fit, gym.spaces.Box(0, 255, (96, 96, 3), np.uint8))
+    return model.make_own_envs(env_id, num_envs)
 
 
 def legal_actions(env_id):
@@ -265,7 +211,7 @@ def legal_actions(env_id):
     if rom := atari_rom(env_id):
         ids = [action.value for action in AtariVectorEnv(rom, 1, num_threads=1).ale.get_action_set()]
     else:
-        ids = range(make_envs(env_id, 1, life_loss_ends=False).single_action_space.n)
+        ids = range(make_envs(env_id, 1).single_action_space.n)
     return np.isin(np.arange(18), ids)
 
 
@@ -302,35 +248,6 @@ class Game(NamedTuple):
     legal: np.ndarray  # [A] bool
 
 
-def read_dataset(path):
-    """Reads what `save_dataset` wrote -> dict of its arrays, frames still compressed, and `checksum` of them.
-
-    Exits with one line if the file is missing, damaged or something else (docs/finetune.md, "Datasets").
-    """
-    data = model.load_file(path)
-    by_row = ("action", "reward", "acted", "end")
-    names = {"env_id", "frames", "chunk_ends", *by_row}
-    if not names <= data.keys():
-        raise SystemExit(f"error: {path} has no {', '.join(sorted(names - data.keys()))}; give a dataset")
-    data = {name: data[name] for name in names} | {"env_id": str(data["env_id"])}
-    R = len(data["action"])
-    if R == 0 or {len(data[name]) for name in by_row} != {R} or len(data["chunk_ends"]) != -(-R // 8):
-        raise SystemExit(f"error: dataset {path} has not one entry per frame and a chunk for every 8; write it again")
-    is_last = np.append(False, data["end"][:-1] >= GAME_OVER)  # [R] the last frame of a game, or of the data
-    is_last[-1] = True
-    problems = {
-        "no step in it was acted on": not data["acted"].any(),
-        "actions are not ALE ids, 0 to 17": (data["action"] >= 18).any(),
-        "rewards are not finite": not np.isfinite(data["reward"]).all(),
-        "a last frame is missing (a row with acted = False after a game and at the end)": data["acted"][is_last].any(),
-    }
-    for problem, found in problems.items():
-        if found:
-            raise SystemExit(f"error: dataset {path}: {problem}; write it with save_dataset of finetune.py")
-    data["checksum"] = hashlib.sha256(b"".join(data[name].tobytes() for name in ("frames", *by_row))).hexdigest()
-    return data
-
-
 def make_replay(datasets, extra_rows, device):
     """One replay for all games: the rows of each dataset, then `extra_rows` empty ones -> Replay, Game of each dataset.
 
@@ -360,9 +277,13 @@ def unpack_dataset(replay, rows, data):
     packed = data["frames"].tobytes()
     start = 0
     for i, stop in enumerate(data["chunk_ends"].tolist()):
-        chunk = np.frombuffer(decompressor.decompress(packed[start:stop]), np.uint8).reshape(-1, 96, 96, 3)
-        first = rows.start + 8 * i
-        replay.frames[first : first + len(chunk)] = torch.tensor(chunk).permute(0, 3, 1, 2)
+        eight = slice(rows.start + 8 * i, min(rows.start + 8 * i + 8, rows.stop))
+        try:
+            chunk = np.frombuffer(decompressor.decompress(packed[start:stop]), np.uint8).reshape(-1, 96, 96, 3)
+            replay.frames[eight] = torch.tensor(chunk).permute(0, 3, 1, 2)
+        except (zstandard.ZstdError, ValueError, RuntimeError) as error:
+            found = f"error: the frames of the dataset of {data['env_id']} are not zstd chunks of 8 ({error})"
+            raise SystemExit(f"{found}; write it with save_dataset of finetune.py") from None
         start = stop
     for name in data.keys() & vars(replay).keys() - {"frames"}:  # policy and value too, if a teacher gave them
         getattr(replay, name)[rows] = data[name]
@@ -588,7 +509,7 @@ def evaluate(search, env_id, max_frames, movie=None):
     episodes = search.capacity
     rng = np.random.default_rng(0)
     device = next(search.net.parameters()).device
-    envs = make_envs(env_id, episodes, life_loss_ends=False)
+    envs = make_envs(env_id, episodes)
     legal = legal_actions(env_id)  # [A]
     frames = envs.reset(seed=0)[0].reshape(episodes, 96, 96, 3)
     stack = torch.as_tensor(frames).permute(0, 3, 1, 2).repeat(1, 4, 1, 1).to(device)  # [episodes, 12, 96, 96]
@@ -675,25 +596,25 @@ def log_diagnostics(writer, search, replay, game, args, updates, suffix=""):
 
 if __name__ == "__main__":
     args = model.read_flags(Args, __doc__)
-    check_numbers(args, may_be_zero=("seed",))
+    model.check_numbers(args, may_be_zero=("seed",))
     check_games(args, "datasets", expected="dataset files; finetune.py --save-dataset writes one")
     E = args.cycle
     m = len(args.datasets)
 
     # TRY NOT TO MODIFY: seeding
     torch.manual_seed(args.seed)
-    device = choose_device(args)
+    device = choose_device(args, args.num_updates)
     rng = np.random.default_rng(args.seed)  # sampling, search and noise
     generator = torch.Generator(device).manual_seed(args.seed)  # augmentation
 
     # data setup
-    datasets = [read_dataset(path) for path in args.datasets]
+    datasets = [model.read_dataset(path) for path in args.datasets]
     checksums = [data["checksum"] for data in datasets]
-    if len(set(checksums)) < m:
-        raise SystemExit("error: --datasets has a dataset twice; give each once")
+    env_ids = [data["env_id"] for data in datasets]
+    if len(set(env_ids)) < m:
+        raise SystemExit(f"error: --datasets has a game twice: {' '.join(env_ids)}; give one dataset of each game")
     sizes = m * [args.batch_size // m]  # samples of each game in a batch
     replay, games = make_replay(datasets, 0, device)
-    env_ids = [game.env_id for game in games]
     quota = math.ceil(E * sizes[0] * (args.unroll_steps + 1) / args.reanalyze_reuse)  # of a game, searched in a cycle
 
     # agent setup
@@ -717,9 +638,10 @@ if __name__ == "__main__":
     learn_batch = record(learn_batch) if record else learn_batch
 
     # the run folder, and if the run goes on, all that it had
-    run_name = f"{'+'.join(env_ids).replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    played = env_ids[0] if m == 1 else f"{m}-games"
+    run_name = model.file_name(f"{played}__{args.exp_name}__{args.seed}__{int(time.time())}")
     run_dir = args.run_dir or f"runs/{run_name}"
-    lock, checkpoint = model.open_run(args, run_dir, MAY_CHANGE)  # the lock is held until this process ends
+    lock, checkpoint = model.open_run(args, Args, config, run_dir, MAY_CHANGE)  # locked until this process ends
     updates = 0
     renewed = -1  # number of the last search before the target network changed; -1: it never did
     scores = {}  # mean return of the last evaluation
@@ -754,7 +676,8 @@ if __name__ == "__main__":
         if updates > start_updates and (evaluating or due(args.checkpoint_every)):
             writer.flush()
             checkpoint = {name: learner.state_dict() for name, learner in learners.items()}
-            checkpoint |= {"rng": rng.bit_generator.state, "generator": generator.get_state(), "args": vars(args)}
+            checkpoint |= {"rng": rng.bit_generator.state, "generator": generator.get_state()}
+            checkpoint |= {"args": vars(args), "config": asdict(config)}
             for name in ("priority", "policy", "value", "turn", "uses"):
                 checkpoint[name] = torch.from_numpy(getattr(replay, name))
             checkpoint |= {"updates": updates, "scores": scores, "evaluations": evaluations, "datasets": checksums}
@@ -830,13 +753,13 @@ if __name__ == "__main__":
         print(f"searching the {len(replay.action):,} states of {args.datasets[0]}")
         model.refresh(reanalyzer.net, net)
         reanalyze(reanalyzer, replay, np.arange(len(replay.action)), games[0].legal, rng, noise=False)
-        path = os.path.relpath(os.path.realpath(args.datasets[0]), os.path.realpath(run_dir))
         answers = {"policy": replay.policy, "value": replay.value, "score": scores[env_ids[0]]}
-        with model.whole_file(f"{run_dir}/targets.npz") as file:
-            np.savez_compressed(file, dataset=path, checksum=checksums[0], **answers)
+        with model.whole_file(f"{run_dir}/targets.npz") as file:  # with the data: nothing can come between them
+            np.savez(file, **datasets[0], **answers)
         print(f"{short_name(env_ids[0])}: return {scores[env_ids[0]]:.1f} after {updates:,} updates")
-        print(f"{run_dir}: teacher saved. Next: python distill.py --teachers {run_dir} OTHER_TEACHERS...")
+        next_stage = model.command("distill.py", "--teachers", run_dir)
+        print(f"{run_dir}: teacher saved. Next: {next_stage} OTHER_TEACHERS...")
     else:
         for env_id in env_ids:
             print(f"{short_name(env_id)}: return {scores[env_id]:.1f} after {updates:,} updates")
-        print(f"{run_dir}: model saved. Next: python benchmark/report.py {run_dir}")
+        print(f"{run_dir}: model saved. Next: {model.command('benchmark/report.py', run_dir)}")

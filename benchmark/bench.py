@@ -70,12 +70,23 @@ def best_actions(env):
     return np.isin(np.arange(18), env.best_actions())
 
 
+def override(words):
+    """The last of each flag: where one comes twice, the scripts refuse to choose."""
+    flags = {}
+    for word in words:
+        if word.startswith("--"):
+            name = word.split("=")[0]
+            flags[name] = []
+        flags[name].append(word)
+    return [word for flag in flags.values() for word in flag]
+
+
 def run(args, game, seed):
     """One run of finetune.py, unless it is there -> {environment steps: mean score}, seconds."""
     folder = Path(args.folder) / f"{game}-{seed}"
     flags = f"{SMALL} --action-gain {args.action_gain} {args.flags} --env-id toy_env:{game} --seed {seed}"
     flags += f" --eval-every {args.steps[0]} --total-timesteps {args.steps[-1]} --run-dir {folder} --resume"
-    words = [sys.executable, str(ROOT / "finetune.py"), *flags.split()]
+    words = [sys.executable, str(ROOT / "finetune.py"), *override(flags.split())]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
     done = folder / "bench.json"  # the flags and the seconds of the process that ended the run
     if done.exists() and json.loads(done.read_text())["flags"] != flags:

@@ -103,7 +103,7 @@ def read_run(folder):
 def random_play(env_id, max_frames):
     """Mean return of uniformly random legal actions, in games that are cut where those of an evaluation are."""
     games = 16 if finetune.atari_rom(env_id) else 100  # an emulator takes a while to start
-    envs = finetune.make_envs(env_id, games, life_loss_ends=False)
+    envs = finetune.make_envs(env_id, games)
     legal = np.flatnonzero(finetune.legal_actions(env_id))
     rng = np.random.default_rng(0)
     envs.reset(seed=0)

@@ -168,6 +168,17 @@ def measure(name, flags, plan):
 
 
 # --- in the parent ---
+def override(words):
+    """The last of each flag: where one comes twice, the scripts refuse to choose."""
+    flags = {}
+    for word in words:
+        if word.startswith("--"):
+            name = word.split("=")[0]
+            flags[name] = []
+        flags[name].append(word)
+    return [word for flag in flags.values() for word in flag]
+
+
 def make_teacher(folder, game, steps, seed):
     """The dataset of a random player, GAME.npz, and the run folder of a teacher who knows nothing, GAME."""
     env_id, rng, E = f"{game}NoFrameskip-v4", np.random.default_rng(seed), 8
@@ -179,9 +190,8 @@ def make_teacher(folder, game, steps, seed):
     finetune.save_dataset(f"{folder}/{game}.npz", replay, slice(0, E * length), env_id)
     os.mkdir(f"{folder}/{game}")
     replay.policy[:] = legal / legal.sum()
-    answers = {"policy": replay.policy, "value": replay.value, "score": 0.0, "dataset": f"../{game}.npz"}
-    answers["checksum"] = finetune.read_dataset(f"{folder}/{game}.npz")["checksum"]
-    np.savez(f"{folder}/{game}/targets.npz", **answers)
+    answers = {"policy": replay.policy, "value": replay.value, "score": 0.0}
+    np.savez(f"{folder}/{game}/targets.npz", **model.read_dataset(f"{folder}/{game}.npz"), **answers)
 
 
 if __name__ == "__main__":
@@ -214,8 +224,9 @@ if __name__ == "__main__":
         for name in cases:
             print(f"{name}: {plan.repeats} times {plan.block} updates of {CASES[name][0].__name__}.py", flush=True)
             words = f"{common} --run-dir {folder}/run-{name} {CASES[name][1]} {plan.size} {args.flags}".format(**inputs)
+            words = override(words.split())
             code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import speed"
-            code += f"; print(speed.measure({name!r}, {words.split()}, speed.{plan}))"
+            code += f"; print(speed.measure({name!r}, {words}, speed.{plan}))"
             done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
             if done.returncode:  # the script has said why, unless it was killed
                 raise SystemExit(f"error: --cases {name} ended with {done.returncode}; -9 may be a lack of memory")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_resume import ROOT, run
+from test_resume import ROOT, changed, run
 
 import finetune
 import model
@@ -129,7 +129,7 @@ def work(made, tmp_path, monkeypatch):
     ],
 )
 def test_a_wrong_flag_is_named_with_what_was_expected(work, script, flags, words):
-    assert words in refusal(script, f"{GOOD[script]} {flags}")
+    assert words in refusal(script, changed(GOOD[script], flags))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_every_number_has_a_lowest_value():
                 args.extra_updates = 1  # the one default of 0
                 setattr(args, name, wrong)
                 with pytest.raises(SystemExit, match=f"error: --{name.replace('_', '-')} is {wrong}, expected"):
-                    finetune.check_numbers(args, may_be_zero=())
+                    model.check_numbers(args, may_be_zero=())
 
 
 @pytest.mark.parametrize("script", ["distill.py", "finetune.py"])

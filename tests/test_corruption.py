@@ -18,7 +18,7 @@ import model
 ROWS = 33
 SMALL = model.ModelConfig(2, support=2, head_channels=2, head_hidden=3, lstm_size=4, projector_hidden=5)
 LOADERS = {
-    "data.npz": finetune.read_dataset,
+    "data.npz": model.read_dataset,
     "targets.npz": lambda path: distill.read_teacher("."),
     "model.pt": lambda path: [x if isinstance(x, dict) else x.state_dict() for x in model.load_model(path)],
     "checkpoint.pt": model.load_file,
@@ -34,7 +34,7 @@ def make_files(seed):
     replay.acted[:] = ~np.isin(np.arange(ROWS), [11, ROWS - 1])
     replay.end[10] = finetune.GAME_OVER
     finetune.save_dataset("data.npz", replay, slice(0, ROWS), "toy_env:Catch-v1")
-    source = {"dataset": "data.npz", "checksum": finetune.read_dataset("data.npz")["checksum"]}
+    source = {"dataset": "data.npz", "checksum": model.read_dataset("data.npz")["checksum"]}
     np.savez_compressed("targets.npz", policy=rng.random((ROWS, 18)), value=rng.random(ROWS), score=1.5, **source)
     net = model.EfficientZeroNet(SMALL)
     model.save_model("model.pt", net, args={"seed": 1}, scores={"toy_env:Catch-v1": 1.5})

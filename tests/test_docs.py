@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import tyro
 
-from finetune import GAME_OVER, LIFE_LOST, TIME_LIMIT, atari_rom, read_dataset
-from model import EfficientZeroNet, ModelConfig, save_model
+from finetune import GAME_OVER, LIFE_LOST, TIME_LIMIT, atari_rom
+from model import EfficientZeroNet, ModelConfig, read_dataset, save_model
 
 ROOT = Path(__file__).resolve().parent.parent
 FIVE = ["model.py", "mcts.py", "pretrain_teacher.py", "distill.py", "finetune.py"]

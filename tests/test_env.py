@@ -51,7 +51,7 @@ def test_an_ale_id_does_what_the_games_own_index_does(game, rom):
     env_id = f"{game}NoFrameskip-v4"
     index = random_actions(250, 2, NUM_ACTIONS[game])
     ids = np.flatnonzero(legal_actions(env_id))[index]
-    frames, reward, *_ = play(make_envs(env_id, 2, life_loss_ends=True), 1, ids)
+    frames, reward, *_ = play(make_envs(env_id, 2), 1, ids)
     options = {"img_height": 96, "img_width": 96, "grayscale": False, "stack_num": 1, "noop_max": 31}
     options |= {"reward_clipping": False, "use_fire_reset": False, "full_action_space": False}
     own_frames, own_reward, *_ = play(AtariVectorEnv(rom, 2, num_threads=1, **options), 1, index)
@@ -59,7 +59,7 @@ def test_an_ale_id_does_what_the_games_own_index_does(game, rom):
 
 
 def test_frames_are_96x96_rgb_and_rewards_are_raw():
-    envs = make_envs("CarnivalNoFrameskip-v4", 2, life_loss_ends=True)
+    envs = make_envs("CarnivalNoFrameskip-v4", 2)
     obs, _ = envs.reset(seed=0)
     assert obs.dtype == np.uint8 and obs.size == 2 * 96 * 96 * 3 and envs.single_action_space.n == 18
     frames, reward, *_ = play(envs, 0, random_actions(400, 2))
@@ -69,8 +69,8 @@ def test_frames_are_96x96_rgb_and_rewards_are_raw():
 
 def test_a_seed_fixes_the_games_and_their_0_to_30_no_ops_whatever_the_number_of_envs():
     actions = random_actions(150, 1).repeat(4, axis=1)
-    four = play(make_envs(ASSAULT, 4, life_loss_ends=True), 5, actions)
-    one = play(make_envs(ASSAULT, 1, life_loss_ends=True), 7, actions[:, :1])
+    four = play(make_envs(ASSAULT, 4), 5, actions)
+    one = play(make_envs(ASSAULT, 1), 7, actions[:, :1])
     for x, y in zip(four, one, strict=True):
         assert (x[:, 2:3] == y).all()  # env 2 of seed 5 plays the games of seed 7
     no_ops = set((four[-1][0] - 4).tolist())
@@ -108,7 +108,7 @@ def test_the_action_after_game_over_is_ignored_and_the_one_after_a_lost_life_is_
     frames = []
     for other in (3, 4):  # RIGHT, LEFT
         actions[first + 1] = other
-        frames.append(play(make_envs(ASSAULT, 1, life_loss_ends=True), 0, actions)[0])
+        frames.append(play(make_envs(ASSAULT, 1), 0, actions)[0])
     assert (frames[0] == frames[1]).all() == ignored
 
 
@@ -118,7 +118,7 @@ def test_the_time_limit_is_truncation(monkeypatch):
         return AtariVectorEnv(*args, **kwargs | {"max_num_frames_per_episode": 40})
 
     monkeypatch.setattr("pretrain_teacher.AtariVectorEnv", short)
-    envs = make_envs("MsPacmanNoFrameskip-v4", 2, life_loss_ends=True)
+    envs = make_envs("MsPacmanNoFrameskip-v4", 2)
     _, reward, terminated, truncated, lives, number = play(envs, 0, np.zeros((12, 2), int))
     assert not terminated.any() and (lives > 0).all()
     assert (np.flatnonzero(truncated[:, 0]) == [9]).all()  # 10 steps of 4 frames; the no-ops of the start do not count
@@ -162,7 +162,7 @@ def test_an_evaluation_stacks_the_last_four_frames_and_sums_the_rewards():
 def test_an_evaluation_plays_whole_games_of_seeds_0_1_2_and_leaves_each_where_it_ends_or_is_cut():
     player = Player(lambda obs: np.full(len(obs), 2))
     returns, lengths = evaluate(player, ASSAULT, max_frames=1403)
-    _, reward, over, *_ = play(make_envs(ASSAULT, 3, life_loss_ends=False), 0, np.full((350, 3), 2))
+    _, reward, over, *_ = play(make_envs(ASSAULT, 3), 0, np.full((350, 3), 2))
     ends = np.where(over.any(axis=0), over.argmax(axis=0) + 1, 350)  # 1,403 frames are 350 steps and a rest
     assert lengths.tolist() == ends.tolist() and min(ends) < max(ends) == 350
     assert returns.tolist() == [reward[:end, i].sum() for i, end in enumerate(ends)]
@@ -180,7 +180,7 @@ def test_an_evaluation_is_logged_as_means_and_one_line_per_game(capsys):
 
 @pytest.mark.parametrize("env_id", toy_env.VARIANTS)
 def test_catch_is_served_like_a_game_and_a_seed_fixes_it(env_id):
-    pair = [make_envs(f"toy_env:{env_id}", 4, life_loss_ends=True) for _ in range(2)]
+    pair = [make_envs(f"toy_env:{env_id}", 4) for _ in range(2)]
     first, second = (envs.reset(seed=3)[0] for envs in pair)
     assert first.shape == (4, 96, 96, 3) and first.dtype == np.uint8 and legal_actions(f"toy_env:{env_id}").all()
     drop = 1 - -(toy_env.ROWS - 2) // toy_env.VARIANTS[env_id]["fall"]  # steps: the fall, then the verdict
@@ -246,7 +246,7 @@ def halves(height, width):
 )
 def test_other_images_are_resized_and_get_three_channels(image, capsys):
     gym.register("Pixels-v0", entry_point=Pixels, kwargs={"image": image})
-    envs = make_envs("Pixels-v0", 2, life_loss_ends=True)
+    envs = make_envs("Pixels-v0", 2)
     del gym.registry["Pixels-v0"]
     for obs in (envs.reset(seed=0)[0], envs.step(np.zeros(2, int))[0]):
         assert obs.shape == (2, 96, 96, 3) and obs.dtype == np.uint8
@@ -258,7 +258,7 @@ def test_other_images_are_resized_and_get_three_channels(image, capsys):
 def test_an_image_that_fits_is_left_alone():
     image = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
     gym.register("Pixels-v0", entry_point=Pixels, kwargs={"image": image})
-    assert (make_envs("Pixels-v0", 1, life_loss_ends=True).reset(seed=0)[0][0] == image).all()
+    assert (make_envs("Pixels-v0", 1).reset(seed=0)[0][0] == image).all()
     del gym.registry["Pixels-v0"]
 
 
@@ -267,7 +267,7 @@ def test_images_that_are_not_uint8_are_refused(dtype):
     image = halves(96, 96)[..., None].repeat(3, axis=-1).astype(dtype)
     gym.register("Pixels-v0", entry_point=Pixels, kwargs={"image": image})
     with pytest.raises(SystemExit, match="expected uint8 images"):
-        make_envs("Pixels-v0", 1, life_loss_ends=True)
+        make_envs("Pixels-v0", 1)
     del gym.registry["Pixels-v0"]
 
 

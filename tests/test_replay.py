@@ -8,7 +8,8 @@ from test_targets import random_stream
 
 import finetune
 from finetune import play_step, save_dataset, select_actions, start_games, temperature_at
-from pretrain_teacher import GAME_OVER, LIFE_LOST, TIME_LIMIT, Game, Replay, make_replay, read_dataset, sample
+from model import read_dataset
+from pretrain_teacher import GAME_OVER, LIFE_LOST, TIME_LIMIT, Game, Replay, make_replay, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*out of date")
 
@@ -17,13 +18,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*out of date")
 
 class Script(AtariVectorEnv):
     """Two environments that play a table of (reward, terminated, truncated, lives), step after step. Environment 0
-    loses a life, then the game; environment 1 meets its time limit. The step after that resets: all else is void."""
+    loses a life, then the game with as many lives as before, as Adventure does; environment 1 meets its time limit. The
+    step after that resets: all else is void."""
 
     table = [
         [(5, False, False, 2), (0, False, False, 1)],
-        [(-3, True, False, 1), (7, False, True, 1)],
+        [(-3, False, False, 1), (7, False, True, 1)],
         [(0, False, False, 1), (9, True, False, 3)],
-        [(2, True, False, 0), (1, False, False, 3)],
+        [(2, True, False, 1), (1, False, False, 3)],
         [(0, False, False, 2), (0, False, False, 3)],
         [(1, False, False, 2), (4, False, False, 3)],
     ]
@@ -36,7 +38,7 @@ class Script(AtariVectorEnv):
 
     def reset(self, *, seed):
         self.seed = seed
-        return self.frames(), {}
+        return self.frames(), {"lives": np.array([2, 1])}
 
     def step(self, action):
         reward, terminated, truncated, lives = (np.array(x) for x in zip(*self.table[self.t], strict=True))
@@ -45,7 +47,7 @@ class Script(AtariVectorEnv):
 
 
 def played(monkeypatch, script, priority=1.0):  # -> play, replay, (over, score, length) after each step
-    monkeypatch.setattr(finetune, "make_envs", lambda env_id, num_envs, life_loss_ends: script)
+    monkeypatch.setattr(finetune, "make_envs", lambda env_id, num_envs: script)
     replay, seen = Replay(14), []
     play = start_games("A", replay, np.array([0, 7]), seed=3)
     for t in range(6):

@@ -18,7 +18,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import model
-from finetune import GAME_OVER, LIFE_LOST, TIME_LIMIT, Replay, read_dataset, save_dataset, short_name, unpack_dataset
+from finetune import GAME_OVER, LIFE_LOST, TIME_LIMIT, Replay, save_dataset, short_name, unpack_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = "--channels 8 --blocks 1 --batch-size 8 --num-simulations 4 --unroll-steps 2 --eval-episodes 2"
@@ -194,7 +194,7 @@ def catch_below_the_block(games):
 
 def test_a_recording_keeps_every_step_and_goes_through_all_stages(chain):
     steps, replay = list(catch_below_the_block(games=4)), Replay(56)
-    unpack_dataset(replay, slice(0, 56), read_dataset(f"{chain[0]}/recorded.npz"))
+    unpack_dataset(replay, slice(0, 56), model.read_dataset(f"{chain[0]}/recorded.npz"))
     assert np.flatnonzero(~replay.acted).tolist() == [16, 27, 44, 55]  # 16, 10, 16, 10 steps, and each last frame
     for row, (frame, action, reward, over, cut, lost) in zip(np.flatnonzero(replay.acted), steps, strict=True):
         assert (replay.frames[row].permute(1, 2, 0).numpy() == frame).all()

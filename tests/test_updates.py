@@ -159,7 +159,7 @@ def test_without_rewards_the_policy_stays_uniform(tmp_path):
     command = [sys.executable, str(ROOT / "finetune.py"), *flags.split()]
     done = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    data = pretrain_teacher.read_dataset(f"{tmp_path}/states.npz")
+    data = model.read_dataset(f"{tmp_path}/states.npz")
     replay, _ = pretrain_teacher.make_replay([data], 0, torch.device("cpu"))
     net, _ = model.load_model(f"{tmp_path}/run/model.pt")
     with torch.no_grad():
