@@ -234,7 +234,7 @@ def make_envs(env_id, num_envs):
     returns the first frame of a new game. Exits with one line if an environment cannot be made, reset and stepped.
     """
     if rom := atari_rom(env_id):
-        return AtariVectorEnv(
+        return model.AtariGames(
             rom,
             num_envs,
             num_threads=min(num_envs, os.cpu_count() or 1),
@@ -245,7 +245,6 @@ def make_envs(env_id, num_envs):
             frameskip=4,
             noop_max=31,  # 0 to 30 no-ops start a game
             repeat_action_probability=0.0,
-            full_action_space=True,
             use_fire_reset=False,
             reward_clipping=False,
             life_loss_info=False,  # `terminated` is the game's own end; `episodic_life=True` would restart it
@@ -424,7 +423,7 @@ def start_games(env_id, replay, streams, seed):
     + i -> Play."""
     E = len(streams)
     envs = make_envs(env_id, E)
-    if not isinstance(envs, AtariVectorEnv) and rehearse(envs, seed) != rehearse(envs, seed):
+    if not isinstance(envs, model.AtariGames) and rehearse(envs, seed) != rehearse(envs, seed):
         print(f"warning: {env_id} plays other games if reset with the same seed; no --resume can repeat them")
     frames, info = envs.reset(seed=seed)
     frames = np.ascontiguousarray(frames).reshape(E, 96, 96, 3)

@@ -41,6 +41,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from ale_py.vector_env import AtariVectorEnv
 from PIL import Image
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -475,7 +476,21 @@ def augment(obs, generator, scale=0.05):
     return shifted.mul_(1 + scale * noise)
 
 
-# --- environments of your own ---
+# --- environments ---
+class AtariGames(AtariVectorEnv):
+    """ale-py's vector environment, whose actions are ALE ids: it counts in the game's own list of them, which in Skiing
+    and LostLuggage lacks those with FIRE. An id that a game does not have is a no-op."""
+
+    def __init__(self, rom, num_envs, **options):
+        super().__init__(rom, num_envs, full_action_space=True, **options)
+        ids = [action.value for action in self.ale.get_action_set()]
+        self.index = np.zeros(18, np.int64)
+        self.index[ids] = np.arange(len(ids))
+
+    def send(self, actions):
+        super().send(self.index[actions])
+
+
 print_once = functools.cache(print)  # every evaluation makes its games anew
 
 

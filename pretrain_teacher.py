@@ -186,7 +186,7 @@ def make_envs(env_id, num_envs):
     returns the first frame of a new game. Exits with one line if an environment cannot be made, reset and stepped.
     """
     if rom := atari_rom(env_id):
-        return AtariVectorEnv(
+        return model.AtariGames(
             rom,
             num_envs,
             num_threads=min(num_envs, os.cpu_count() or 1),
@@ -197,7 +197,6 @@ def make_envs(env_id, num_envs):
             frameskip=4,
             noop_max=31,  # 0 to 30 no-ops start a game
             repeat_action_probability=0.0,
-            full_action_space=True,
             use_fire_reset=False,
             reward_clipping=False,
             life_loss_info=False,  # `terminated` is the game's own end; `episodic_life=True` would restart it

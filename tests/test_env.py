@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from finetune import log_video
+from model import AtariGames
 from pretrain_teacher import evaluate, legal_actions, log_evaluation, make_envs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*out of date")  # Gymnasium takes Catch-v0 for an old Catch-v2
@@ -79,31 +80,23 @@ def test_a_seed_fixes_the_games_and_their_0_to_30_no_ops_whatever_the_number_of_
 
 @pytest.fixture(scope="module")
 def assault():
-    """One env's frames, reward, terminated, truncated, lives, frame number [T, ...] under each `life_loss_ends`."""
-    envs = {flag: make_envs(ASSAULT, 1, life_loss_ends=flag) for flag in (True, False)}
-    return {flag: [column[:, 0] for column in play(envs[flag], 0, random_actions(800, 1))] for flag in envs}
+    """One env's frames, reward, terminated, truncated, lives, frame number [T, ...]."""
+    return [column[:, 0] for column in play(make_envs(ASSAULT, 1), 0, random_actions(800, 1))]
 
 
-def test_a_lost_life_ends_an_episode_and_game_over_the_game(assault):
-    _, reward, terminated, truncated, lives, number = assault[True]
-    lost = np.flatnonzero(terminated & (lives > 0))
-    over = np.flatnonzero(terminated & (lives == 0))
-    assert len(lost) >= 3 and len(over) >= 1 and not truncated.any()
-    assert (number[lost + 1] == number[lost] + 4).all() and (lives[lost + 1] == lives[lost]).all()
+def test_game_over_is_terminated_and_a_lost_life_is_not(assault):
+    _, reward, terminated, truncated, lives, number = assault
+    lost = 1 + np.flatnonzero((lives[1:] < lives[:-1]) & (lives[1:] > 0))
+    over = np.flatnonzero(terminated)
+    assert len(lost) >= 3 and len(over) >= 1 and not truncated.any() and not terminated[lost].any()
+    assert (lives[over] == 0).all() and (number[lost + 1] == number[lost] + 4).all()
     assert (number[over + 1] <= 30).all() and (lives[over + 1] == 4).all() and (reward[over + 1] == 0).all()
-
-
-def test_without_life_loss_ends_only_game_over_ends_and_the_game_is_the_same(assault):
-    lives, terminated = assault[True][4], assault[True][2]
-    assert (assault[False][2] == (terminated & (lives == 0))).all()
-    for i in (0, 1, 4, 5):
-        assert (assault[False][i] == assault[True][i]).all()
 
 
 @pytest.mark.parametrize("after, ignored", [("game over", True), ("lost life", False)])
 def test_the_action_after_game_over_is_ignored_and_the_one_after_a_lost_life_is_not(assault, after, ignored):
-    _, _, terminated, _, lives, _ = assault[True]
-    first = np.flatnonzero(terminated & ((lives == 0) == ignored))[0]
+    _, _, terminated, _, lives, _ = assault
+    first = np.flatnonzero(terminated if ignored else np.append(False, np.diff(lives) == -1) & ~terminated)[0]
     actions = random_actions(800, 1)[: first + 40]
     frames = []
     for other in (3, 4):  # RIGHT, LEFT
@@ -115,9 +108,9 @@ def test_the_action_after_game_over_is_ignored_and_the_one_after_a_lost_life_is_
 def test_the_time_limit_is_truncation(monkeypatch):
     def short(*args, **kwargs):
         assert kwargs["max_num_frames_per_episode"] == 108_000
-        return AtariVectorEnv(*args, **kwargs | {"max_num_frames_per_episode": 40})
+        return AtariGames(*args, **kwargs | {"max_num_frames_per_episode": 40})
 
-    monkeypatch.setattr("pretrain_teacher.AtariVectorEnv", short)
+    monkeypatch.setattr("model.AtariGames", short)
     envs = make_envs("MsPacmanNoFrameskip-v4", 2)
     _, reward, terminated, truncated, lives, number = play(envs, 0, np.zeros((12, 2), int))
     assert not terminated.any() and (lives > 0).all()

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from ale_py.vector_env import AtariVectorEnv
 from test_targets import random_stream
 
 import finetune
+import model
 from finetune import play_step, save_dataset, select_actions, start_games, temperature_at
 from model import read_dataset
 from pretrain_teacher import GAME_OVER, LIFE_LOST, TIME_LIMIT, Game, Replay, make_replay, sample
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*out of date")
 # --- self-play
 
 
-class Script(AtariVectorEnv):
+class Script(model.AtariGames):
     """Two environments that play a table of (reward, terminated, truncated, lives), step after step. Environment 0
     loses a life, then the game with as many lives as before, as Adventure does; environment 1 meets its time limit. The
     step after that resets: all else is void."""
