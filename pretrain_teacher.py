@@ -725,8 +725,10 @@ if __name__ == "__main__":
             optimizer.step()
             numbers.append(torch.cat([priority, loss.view(1), norm.view(1)]))  # copied: a recording overwrites them
         numbers = torch.stack(numbers).cpu().numpy()  # [E, B + 2]; this waits for a GPU
-        if not np.isfinite(numbers).all():
-            raise SystemExit(f"error: the loss is not finite after update {updates}; try a lower --learning-rate")
+        finite = np.isfinite(numbers).all(axis=1)  # [E]
+        if not finite.all():
+            first = updates + finite.argmin()
+            raise SystemExit(f"error: the loss is not finite at update {first}; try a lower --learning-rate")
         for update_rows, priority in zip(rows, numbers[:, :-2], strict=True):  # in this order: the latest stays
             replay.priority[update_rows] = priority
 

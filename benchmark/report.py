@@ -80,14 +80,21 @@ def read_run(folder):
     if not os.path.isfile(path):
         raise SystemExit(f"error: {folder} holds no evaluations.csv; expected a run folder of the three scripts")
     returns = defaultdict(list)
-    with open(path) as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets put a byte order mark before it
         for row in csv.DictReader(file):
-            place = finetune.short_name(row["env_id"]), int(row["env_steps"]), int(row["updates"])
-            returns[place].append(float(row["return"]))
+            try:
+                place = finetune.short_name(row["env_id"]), int(row["env_steps"]), int(row["updates"])
+                returns[place].append(float(row["return"]))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise SystemExit(f"error: {path} is not as the scripts write it ({error!r}); restore it") from None
+    if not returns:
+        raise SystemExit(f"error: {path} has no evaluation; leave this run out")
     curves = defaultdict(list)
     for (game, env_steps, updates), scores in returns.items():
         curves[game].append((env_steps, updates, float(np.mean(scores))))
     info = model.load_model(os.path.join(folder, "model.pt"))[1]
+    if not {"args", "env_ids"} <= info.keys():
+        raise SystemExit(f"error: {folder}/model.pt has no flags and games; expected one of the three scripts")
     env_ids = {finetune.short_name(env_id): env_id for env_id in info["env_ids"]}
     events = EventAccumulator(folder, size_guidance={"scalars": 0})
     events.Reload()
@@ -214,7 +221,6 @@ def draw(runs, game, random, perfect, threshold, output):
             axes.legend(fontsize="small")
         elif not axes.lines:
             axes.text(0.5, 0.5, "not logged by these runs", transform=axes.transAxes, ha="center")
-    os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
     figure.savefig(output, dpi=110)
     plt.close(figure)
 
@@ -225,7 +231,8 @@ if __name__ == "__main__":
         raise SystemExit(f"error: --output is {args.output}, expected a name that ends in .png, .svg or .pdf")
     if not args.runs:
         raise SystemExit("error: no run folders; give some, as in python benchmark/report.py runs/*")
-    runs = [read_run(folder) for folder in args.runs]
+    model.check_writable("--output", os.path.dirname(args.output))
+    runs = [read_run(folder) for folder in {os.path.realpath(x): x for x in args.runs}.values()]  # each counts once
     name_what_differs(runs)
     env_ids = {game: env_id for run in runs for game, env_id in run.env_ids.items()}
     shown = dict.fromkeys(game for run in runs for game in run.curves)

@@ -5,6 +5,7 @@ import functools
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_defaults_are_the_papers(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_read_and_nothing_else_of_the_command_line(script):
-    read = set(re.findall(r"\bargs\.(\w+)", source(script)))
+    read = set(re.findall(r"\bargs\.(\w+)", source(script) + source("model")))
     (terms,) = re.findall(r'getattr\(args, f"\{name\}_coef"\) for name in (\(.*?\))', source(script))
     assert read | {f"{name}_coef" for name in ast.literal_eval(terms)} == FLAGS[script].keys()
     assert "argv" not in source(script)
@@ -95,6 +96,55 @@ def test_underscores_and_hyphens_both_work(script):
             words[joint].append(flag.replace("_", joint))
             words[joint] += [] if isinstance(value, bool) else value if isinstance(value, tuple) else [str(value)]
     assert parse(script, *words["_"]) == values and parse(script, *words["-"]) == values
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--teachers a --teachers b",
+        "--seed 1 --seed=2",
+        "--env-id a --env_id b",
+        "--cuda --no-cuda",
+        "--teachers",  # of an unset variable, as all that follow
+        "--teachers --seed 1",
+        "--teachers ''",
+        "--teachers a ''",
+        "--pretrained=",
+        "--run-dir ''",
+        "--save-dataset ''",
+    ],
+)
+def test_no_flag_that_was_given_is_dropped(words):
+    flag = re.match(r"--[a-z-]+", words)[0]
+    with pytest.raises(SystemExit, match=f"^error: {flag} is given (twice|without a value); give"):
+        parse("finetune", *shlex.split(words))
+
+
+def test_a_home_folder_is_found_where_no_shell_expands_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home folder")
+    flags = parse("finetune", "--run-dir=~/a", "--teachers", "~/b", "c~d", "--exp-name", "~")
+    assert flags["run_dir"] == "/home folder/a" and flags["teachers"] == ("/home folder/b", "c~d")
+
+
+def test_output_that_nobody_reads_or_that_a_terminal_cannot_show_ends_nothing():
+    read, write = os.pipe()
+    output = model.Output(open(write, "w", encoding="ascii"))
+    print("Köln ─", file=output)
+    assert os.read(read, 100) == b"K?ln ?\n"  # at once
+    os.close(read)
+    with pytest.raises(BrokenPipeError):
+        print("lost", file=output.stream, flush=True)
+    for _ in range(3):
+        print("lost", file=output, flush=True)
+
+
+def test_names_and_commands_can_be_pasted(monkeypatch):
+    assert model.file_name("my_env:ns/Env-v0__a b*__1") == "my_env-ns-Env-v0__a-b-__1"
+    assert len(model.file_name(300 * "Ä" + 300 * "x")) <= 255
+    monkeypatch.setattr(sys, "orig_argv", ["/my python", "-W", "ignore", "/my code/finetune.py"])
+    monkeypatch.setattr(sys, "argv", ["/my code/finetune.py"])
+    words = shlex.split(model.command("distill.py", "--teachers", "runs/a b"))
+    assert words == ["/my python", "/my code/distill.py", "--teachers", "runs/a b"]
 
 
 def test_in_a_log_file_the_bar_is_a_line_every_30_seconds(monkeypatch, capsys):

@@ -3,6 +3,7 @@
 The scripts run in this process, since each start of an interpreter takes seconds; the last test starts two.
 """
 
+import copy
 import os
 import shutil
 import subprocess
@@ -63,6 +64,10 @@ def work(made, tmp_path, monkeypatch):
     """A copy of them as the working folder."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    content = torch.load("student/model.pt")
+    for places in content["teacher_folders"].values():
+        places[1] = os.path.abspath(os.path.join("student", places[0]))  # not those of `made`
+    torch.save(content, "student/model.pt")
 
 
 @pytest.mark.parametrize(
@@ -78,29 +83,48 @@ def work(made, tmp_path, monkeypatch):
         ("finetune.py", "--env-id SpaceInvadersDeterministic-v4", "did you mean SpaceInvadersNoFrameskip-v4?"),
         ("finetune.py", "--env-id PhonixNoFrameskip-v4", "does not exist; did you mean PhoenixNoFrameskip-v4?"),
         ("finetune.py", "--env-id CartPole-v1", "float32) and Discrete(2); expected uint8 images"),
-        ("finetune.py", "--env-id Nothing-v0", "--env-id Nothing-v0: Environment `Nothing` doesn't exist"),
+        (
+            "finetune.py",
+            "--env-id Nothing-v0",
+            "--env-id Nothing-v0: NameNotFound: Environment `Nothing`",
+        ),
         ("finetune.py", "--env-id ALE/Pong-v5", "did you mean PongNoFrameskip-v4?"),
-        ("finetune.py", "--env-id nowhere:Catch-v0", "--env-id nowhere:Catch-v0: No module named"),
-        ("finetune.py", "--env-id toy_env:Catchh-v0", "--env-id toy_env:Catchh-v0: Environment `Catchh` doesn't exist"),
+        ("finetune.py", "--env-id nowhere:Catch-v0", "--env-id nowhere:Catch-v0: ModuleNotFoundError: No module named"),
+        (
+            "finetune.py",
+            "--env-id toy_env:Catchh-v0",
+            "toy_env:Catchh-v0: NameNotFound: Environment `Catchh`",
+        ),
         ("finetune.py", "--env-id toy_env:WrongShape-v0", "(84, 84, 4), uint8) and Discrete(18); expected uint8 ima"),
         ("finetune.py", "--env-id toy_env:TooManyActions-v0", "and Discrete(19); expected uint8 images"),
         ("finetune.py", "--env-id toy_env:Catch-v1", "--env-id toy_env:Catch-v1 is one of the offline games"),
         # folders and files
         ("pretrain_teacher.py", "--datasets nowhere.npz", "nowhere.npz not found"),
         ("pretrain_teacher.py", "--datasets teacher1", "teacher1 is a folder, expected a file"),
-        ("pretrain_teacher.py", "--datasets teacher1/targets.npz", "teacher1/targets.npz has no acted, action"),
+        ("pretrain_teacher.py", "--datasets teacher1/model.pt", "teacher1/model.pt has no acted, action, chunk_ends"),
         ("distill.py", "--teachers teacher1 nowhere", "nowhere/targets.npz not found"),
         ("distill.py", "--teachers student teacher1", "student/targets.npz not found"),
         ("finetune.py", "--pretrained nowhere", "nowhere/model.pt not found"),
         ("finetune.py", "--pretrained teacher1", "--pretrained teacher1 is not a student of distill.py; give a"),
         ("finetune.py", "--pretrained student/model.pt", "student/model.pt is a file, expected a run folder; give st"),
         ("distill.py", "--teachers teacher1 teacher2/model.pt", "is a file, expected a run folder; give teacher2"),
-        ("distill.py", "--teachers teacher1 ./teacher1", "--teachers has a teacher twice; give each once"),
-        ("finetune.py", "--teachers teacher1 teacher1", "--teachers has a teacher twice; give each once"),
-        ("pretrain_teacher.py", "--datasets data1.npz data1.npz", "--datasets has a dataset twice; give each once"),
+        (
+            "distill.py",
+            "--teachers teacher1 ./teacher1",
+            "--teachers has a game twice: toy_env:Catch-v1",
+        ),
+        (
+            "finetune.py",
+            "--teachers teacher1 teacher1",
+            "--teachers has a game twice: toy_env:Catch-v1",
+        ),
+        ("pretrain_teacher.py", "--datasets data1.npz data1.npz", "--datasets has a game twice: toy_env:Catch-v1"),
         ("finetune.py", "--channels 4", "--channels 4, but --pretrained student has 2; drop the flag"),
         ("finetune.py", "--blocks 4", "--blocks 4, but --pretrained student has 1; drop the flag"),
         ("finetune.py", "--save-dataset data1.npz", "--save-dataset is data1.npz, expected the name of a new .npz"),
+        ("finetune.py", "--save-dataset data1.npz/new.npz", "--save-dataset data1.npz: "),
+        ("finetune.py", "--save-dataset /proc/none/new.npz", "--save-dataset /proc/none: No such file or directory"),
+        ("finetune.py", "--save-dataset new.npz --total-timesteps 0", "--save-dataset needs --total-timesteps"),
         ("finetune.py", "--save-dataset new/data", "--save-dataset is new/data, expected the name of a new .npz"),
         # run folders
         ("pretrain_teacher.py", "--run-dir student", "--run-dir student is not empty; continue the run in it with"),
@@ -111,8 +135,13 @@ def work(made, tmp_path, monkeypatch):
         # numbers
         ("pretrain_teacher.py", "--num-updates 0", "--num-updates is 0, expected 1 or more"),
         ("distill.py", "--batch-size 1", "--batch-size is 1, expected 2 or more"),
-        ("finetune.py", "--eval-episodes 100000", "--eval-episodes is 100000, expected 1000 or less"),
+        ("finetune.py", "--eval-episodes 100000", "--eval-episodes is 100000, expected 1 to 1000"),
         ("finetune.py", "--learning-rate nan", "--learning-rate is nan, expected 0 or more"),
+        ("finetune.py", f"--seed {2**64}", f"--seed is {2**64}, expected 0 to {2**64 - 1}"),
+        ("finetune.py", "--gamma 99", "--gamma is 99.0, expected 0 to 1"),
+        ("finetune.py", "--dirichlet-alpha 0", "--dirichlet-alpha is 0.0, expected 0.001 or more"),
+        ("finetune.py", "--dirichlet-fraction 25", "--dirichlet-fraction is 25.0, expected 0 to 1"),
+        ("finetune.py", "--max-grad-norm 0", "--max-grad-norm is 0.0, expected 0.001 or more"),
         ("finetune.py", "--total-timesteps -8", "--total-timesteps is -8, expected 0 or more"),
         # flags that do not go together
         ("pretrain_teacher.py", "--batch-size 5 --datasets data1.npz data2.npz", "--batch-size 5 is not a multiple of"),
@@ -146,21 +175,79 @@ def test_what_must_be_given_is_named(work, script, flags, words):
 
 
 def test_every_number_has_a_lowest_value():
-    for name, value in vars(model.read_flags(finetune.Args, "", [])).items():
+    defaults = model.read_flags(finetune.Args, "", [])
+    for name, value in vars(defaults).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             for wrong in (-1.1, float("nan"), float("inf")) if isinstance(value, float) else (-1, 0):
-                args = model.read_flags(finetune.Args, "", [])
+                args = copy.copy(defaults)
                 args.extra_updates = 1  # the one default of 0
                 setattr(args, name, wrong)
                 with pytest.raises(SystemExit, match=f"error: --{name.replace('_', '-')} is {wrong}, expected"):
                     model.check_numbers(args, may_be_zero=())
 
 
-@pytest.mark.parametrize("script", ["distill.py", "finetune.py"])
-@pytest.mark.parametrize("lost", ["teacher2/targets.npz", "data2.npz"])
-def test_what_a_teacher_needs_is_named_when_it_is_lost(work, script, lost):
-    os.remove(lost)
-    assert f"{lost} not found" in refusal(script, GOOD[script])
+def test_a_teacher_that_is_lost_is_named(work):
+    shutil.rmtree("teacher2")
+    assert "teacher2/targets.npz not found" in refusal("distill.py", GOOD["distill.py"])
+    assert "teacher2 are gone" in refusal("finetune.py", GOOD["finetune.py"])
+
+
+def test_a_teacher_that_is_another_one_now_is_refused_unless_it_is_asked_for(work):
+    answers = model.load_file("teacher2/targets.npz")
+    np.savez("teacher2/targets.npz", **answers | {"value": answers["value"] + 1})
+    assert "teacher2 have changed since" in refusal("finetune.py", GOOD["finetune.py"])
+    assert run(".", f"finetune.py {GOOD['finetune.py']} --teachers teacher1 teacher2 --run-dir new") is None
+
+
+def test_an_evaluation_needs_no_teacher_and_says_nothing_of_training(work, capsys):
+    for name in ("teacher1", "teacher2", "data1.npz", "data2.npz"):
+        shutil.move(name, "..")
+    flags = changed(GOOD["finetune.py"], "--total-timesteps 0 --env-id toy_env:Catch-v1 --batch-size 65536")
+    assert run(".", f"finetune.py {flags} --run-dir new") is None
+    assert "update of this size" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def moved(work, request):
+    """Moves what the chain left -> the student's folder."""
+    Path("a/b").mkdir(parents=True)
+    if request.param == "together":
+        for name in ("teacher1", "teacher2", "student"):
+            shutil.move(name, "a/b")
+        return "a/b/student"
+    if request.param == "student alone":
+        return shutil.move("student", "a/b")
+    if request.param == "student alone, to a namesake of its teachers":
+        for i in (1, 2):
+            answers = model.load_file(f"teacher{i}/targets.npz")
+            Path(f"a/teacher{i}").mkdir()
+            np.savez(f"a/teacher{i}/targets.npz", **answers | {"reward": answers["reward"] + 1})
+        return shutil.move("student", "a")
+    os.symlink(os.path.abspath("student"), "a/b/link")  # from where .. leads elsewhere
+    os.chdir("a")
+    return "b/link"
+
+
+@pytest.mark.parametrize(
+    "moved",
+    ["together", "student alone", "student alone, to a namesake of its teachers", "nothing: a link, from elsewhere"],
+    indirect=True,
+)
+def test_a_student_finds_the_very_data_it_was_distilled_from(made, moved):
+    expected = [model.read_dataset(f"{made}/teacher{i}/targets.npz", is_answered=True)["checksum"] for i in (1, 2)]
+    os.makedirs("far/away")
+    os.symlink("far/away", "runs")
+    assert run(".", f"finetune.py {changed(GOOD['finetune.py'], f'--pretrained {moved}')} --run-dir runs/new") is None
+    assert model.load_file("runs/new/checkpoint.pt")["datasets"] == expected
+    assert [*model.load_model("runs/new/model.pt")[1]["teacher_folders"]] == expected
+
+
+def test_names_of_run_folders_are_short_and_plain(work):
+    flags = changed(GOOD["pretrain_teacher.py"], "--datasets data1.npz data2.npz")
+    assert run(".", f"pretrain_teacher.py {flags}") is None
+    assert run(".", f"finetune.py {GOOD['finetune.py']} --exp-name 'a/b c'") is None
+    names = sorted(os.listdir("runs"))
+    assert [name.rsplit("__", 1)[0] for name in names] == ["2-games__pretrain_teacher__1", "toy_env-Catch-v0__a-b-c__1"]
 
 
 def test_a_network_of_another_model_py_is_refused(work):

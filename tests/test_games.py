@@ -81,7 +81,6 @@ def check(game, steps, num_envs, monkeypatch):
         for e, emulator in enumerate(emulators):
             row = streams[e] + t
             assert replay.age[row] == age[e] and replay.acted[row] == (not over[e])
-            assert envs.info["episode_frame_number"][e] < 40 or not over[e]  # the next game has begun
             if over[e]:
                 emulator.restart(int(envs.info["episode_frame_number"][e]))
                 age[e], games = 0, games + 1
