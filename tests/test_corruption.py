@@ -4,11 +4,13 @@ import os
 import pickle
 import shutil
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import zstandard
 from test_resume import plain
 
 import distill
@@ -34,8 +36,8 @@ def make_files(seed):
     replay.acted[:] = ~np.isin(np.arange(ROWS), [11, ROWS - 1])
     replay.end[10] = finetune.GAME_OVER
     finetune.save_dataset("data.npz", replay, slice(0, ROWS), "toy_env:Catch-v1")
-    source = {"dataset": "data.npz", "checksum": model.read_dataset("data.npz")["checksum"]}
-    np.savez_compressed("targets.npz", policy=rng.random((ROWS, 18)), value=rng.random(ROWS), score=1.5, **source)
+    answers = {"policy": rng.random((ROWS, 18)), "value": rng.random(ROWS), "score": 1.5}
+    np.savez("targets.npz", **model.read_dataset("data.npz"), **answers)
     net = model.EfficientZeroNet(SMALL)
     model.save_model("model.pt", net, args={"seed": 1}, scores={"toy_env:Catch-v1": 1.5})
     torch.save({"net": net.state_dict(), "rng": rng.bit_generator.state, "updates": 1}, "checkpoint.pt")
@@ -112,7 +114,13 @@ def test_a_file_that_runs_a_command_is_refused_and_runs_nothing(path):
         ("chunk_ends", lambda x: x[:-1], "a chunk for every 8"),
         ("action", lambda x: x + 18, "actions are not ALE ids"),
         ("reward", lambda x: x + np.inf, "rewards are not finite"),
+        ("action", lambda x: x.astype(int) - 1 - x, "actions are not ALE ids"),
+        ("action", lambda x: x.astype(float), "action or end no integers"),
+        ("reward", lambda x: x.astype(float) + 1e39, "rewards are not finite"),  # as float32, which the replay has
         ("acted", lambda x: x | True, "last frame is missing"),
+        ("acted", lambda x: x.astype(np.uint8), "acted is not bool"),
+        ("end", lambda x: x > 0, "action or end no integers"),  # True would be a lost life
+        ("end", lambda x: np.roll(x, 1), "an end is not 0 to 3, or is not at the action that ended it"),
         ("frames", None, "has no frames"),
     ],
 )
@@ -123,12 +131,26 @@ def test_a_dataset_that_was_written_wrong_is_refused_with_the_reason(name, chang
     assert words in load("data.npz")
 
 
-def test_answers_to_other_data_are_refused():
-    shutil.copy("targets.npz", "answers.npz")
-    make_files(seed=1)
-    shutil.copy("answers.npz", "targets.npz")
-    with pytest.raises(SystemExit, match="has answers to other data than .*data.npz; run the teacher again"):
-        distill.read_teacher(".")
+@pytest.mark.parametrize("change", [zlib.compress, lambda frames: zstandard.compress(frames[: len(frames) // 2])])
+def test_frames_that_were_packed_otherwise_are_refused(change):
+    data = model.read_dataset("data.npz")
+    chunks = [change(bytes(8 * 96 * 96 * 3)) for _ in data["chunk_ends"]]
+    data["frames"] = np.frombuffer(b"".join(chunks), np.uint8)
+    data["chunk_ends"] = np.cumsum([len(chunk) for chunk in chunks])
+    with pytest.raises(SystemExit, match="the frames of the dataset of toy_env:Catch-v1 are not zstd chunks of 8"):
+        finetune.unpack_dataset(finetune.Replay(ROWS), slice(0, ROWS), data)
+
+
+def test_the_checksum_is_of_data_and_answers():
+    checksums = set()
+    for name in ("action", "reward", "frames", "policy", "value"):
+        make_files(seed=0)
+        arrays = dict(np.load("targets.npz"))
+        arrays[name][0] = 0 if arrays[name][0].any() else 1
+        np.savez("targets.npz", **arrays)
+        checksums.add(distill.read_teacher(".")["checksum"])
+    make_files(seed=0)
+    assert len(checksums | {distill.read_teacher(".")["checksum"]}) == 6
 
 
 def test_a_dataset_in_the_place_of_answers_is_refused():

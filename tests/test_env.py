@@ -13,7 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from finetune import log_video
+from finetune import Replay, log_video, start_games
 from model import AtariGames
 from pretrain_teacher import evaluate, legal_actions, log_evaluation, make_envs
 
@@ -262,6 +262,145 @@ def test_images_that_are_not_uint8_are_refused(dtype):
     with pytest.raises(SystemExit, match="expected uint8 images"):
         make_envs("Pixels-v0", 1)
     del gym.registry["Pixels-v0"]
+
+
+class Own(gym.Env):
+    """Games of 9 steps; what is wrong with them in the tests below is in the subclasses."""
+
+    observation_space = gym.spaces.Box(0, 255, (96, 96, 3), np.uint8)
+    action_space = gym.spaces.Discrete(4)
+    paid = 1.0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.show(), {}
+
+    def show(self):
+        return np.full((96, 96, 3), self.t, np.uint8)
+
+    def step(self, action):
+        self.t += 1
+        return self.show(), self.paid if self.t == 5 else 0.0, self.t == 9, False, {}
+
+
+class NeedsArgument(Own):
+    def __init__(self, level):
+        pass
+
+
+class NoSeed(Own):
+    def reset(self):
+        return Own.reset(self)
+
+
+class OldReset(Own):
+    def reset(self, *, seed=None, options=None):
+        return Own.reset(self)[0]
+
+
+class OldStep(Own):
+    def step(self, action):
+        return Own.step(self, action)[:4]
+
+
+class Floats(Own):
+    def show(self):
+        return Own.show(self) / 255
+
+
+class Smaller(Own):
+    def show(self):
+        return Own.show(self)[:84, :84]
+
+
+class Grows(Own):
+    def show(self):
+        return np.zeros((97 if self.t == 5 else 96, 96, 3), np.uint8)
+
+
+class ShowsNothingAtTheEnd(Own):
+    def show(self):
+        return None if self.t == 9 else Own.show(self)
+
+
+class Odd(Own):
+    """Nothing is wrong with it: frames in one buffer, infos of all kinds, rewards of all types of numbers."""
+
+    buffer = np.zeros((96, 96, 3), np.uint8)
+
+    def show(self):
+        self.buffer[:] = self.t
+        return self.buffer
+
+    def step(self, action):
+        frame, _, *ends, _ = Own.step(self, action)
+        rewards = [np.float64(1), np.int64(2), True, np.array(3.0), 4, -1e38, np.float32(0), False, 0.5]
+        return frame, rewards[self.t - 1], *ends, {"lives": None, f"key {self.t}": "x"}
+
+
+def register(cls, **attributes):
+    """A new class with these attributes, as an environment -> its id."""
+    name = f"{cls.__name__}{len(gym.registry)}-v0"
+    gym.register(name, entry_point=type(cls.__name__, (cls,), attributes))
+    return name
+
+
+@pytest.mark.parametrize("cls", [NeedsArgument, NoSeed, OldReset, OldStep, Floats, Smaller])
+def test_an_environment_that_cannot_be_made_reset_and_stepped_is_refused_at_once(cls):
+    name = register(cls)
+    with pytest.raises(SystemExit, match=f"error: .*{name}.*; (expected|mend)"):
+        make_envs(name, 2)
+
+
+@pytest.mark.parametrize("paid", [np.nan, np.inf, -np.inf, 1e39, None, "1", np.ones(1), 1j])
+def test_a_reward_that_is_no_finite_number_ends_the_run_at_its_step(paid):
+    name = register(Own, paid=paid)
+    envs = make_envs(name, 2)
+    envs.reset(seed=0)
+    for _ in range(4):
+        envs.step(np.zeros(2, int))
+    with pytest.raises(SystemExit, match=f"^error: {name} pays .* at step 5 of a game"):
+        envs.step(np.zeros(2, int))
+
+
+@pytest.mark.parametrize("cls, step", [(Grows, 5), (ShowsNothingAtTheEnd, 9)])
+def test_a_frame_that_its_space_does_not_have_ends_the_run_at_its_step(cls, step):
+    name = register(cls)
+    envs = make_envs(name, 2)
+    envs.reset(seed=0)
+    with pytest.raises(SystemExit, match=f"^error: {name} shows .* at step {step} of a game"):
+        for _ in range(9):
+            envs.step(np.zeros(2, int))
+
+
+def test_what_is_odd_but_right_is_played(capsys):
+    envs = make_envs(register(Odd), 2)
+    frames = [envs.reset(seed=0)[0]]
+    rewards = []
+    for _ in range(9):
+        obs, reward, *_ = envs.step(np.zeros(2, int))
+        frames.append(obs)
+        rewards.append(reward.tolist())
+    assert [frame[0, 0, 0, 0] for frame in frames] == list(range(10))
+    assert rewards == [[x, x] for x in (1, 2, 1, 3, 4, -1e38, 0, 0, 0.5)]
+
+
+class Unseeded(Own):
+    def show(self):
+        return np.random.default_rng().integers(0, 256, (96, 96, 3), np.uint8)
+
+
+class UnseededLater(Own):
+    def show(self):
+        return Own.show(self) if self.t == 0 else Unseeded.show(self)
+
+
+@pytest.mark.parametrize("cls, warned", [(Unseeded, True), (UnseededLater, True), (Own, False)])
+def test_a_game_that_does_not_follow_its_seed_is_told_at_the_start(cls, warned, capsys):
+    name = register(cls)
+    start_games(name, Replay(2), np.arange(2), seed=1)
+    assert (f"warning: {name} plays other games" in capsys.readouterr().out) == warned
 
 
 def test_a_long_video_leaves_frames_out_but_not_the_last(tmp_path):

@@ -329,3 +329,25 @@ def test_numbers_that_are_not_finite_end_the_search(where, bad):
     getattr(world, table)[50 if node == "root" else slice(50)] = bad
     with pytest.raises(FloatingPointError, match=node):
         mcts.Search(world, 5, 1)(torch.tensor([50]), np.ones(4, bool), np.random.default_rng(0), False)
+
+
+def test_a_search_that_cannot_be_kept_on_disk_is_compiled_all_the_same(monkeypatch):
+    def njit(cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: function
+
+    monkeypatch.setattr(mcts, "njit", njit)
+    with pytest.warns(UserWarning, match="NUMBA_CACHE_DIR"):
+        assert mcts.cached(max) is max
+
+    def step(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")  # of numba, which has compiled it
+
+    calls = []
+    monkeypatch.setattr(mcts, "step", step)
+    with pytest.warns(UserWarning, match="No space left"):
+        mcts.run_step("tree", 1, "outputs", True, False)
+    assert calls == 2 * [("tree", 1, "outputs", True, False)]

@@ -6,7 +6,9 @@ sums may round differently. Runs that end with a message are made in this proces
 """
 
 import contextlib
+import errno
 import os
+import pty
 import random
 import re
 import runpy
@@ -16,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import filelock
@@ -197,6 +200,77 @@ def test_how_a_run_is_made_may_change_between_it_and_its_resumption(toy, work):
 def test_a_run_folder_belongs_to_one_process(work):
     with filelock.FileLock(work / "student" / "lock"):
         assert "--run-dir student is in use by another process" in run(work, COMMANDS["student"])
+
+
+@dataclass
+class Flags:
+    seed: int = 1
+    resume: bool = True
+    run_dir: str | None = "fork"
+
+
+@dataclass
+class ForkedFlags(Flags):
+    coefficient: float = 0.5
+
+
+@pytest.mark.parametrize(
+    "cls, words, network, error",
+    [
+        (ForkedFlags, "", {}, None),
+        (ForkedFlags, "--coefficient 0.6", {}, "--coefficient is 0.6, but fork/checkpoint.pt has 0.5"),
+        (ForkedFlags, "--seed 2", {}, "--seed is 2, but fork/checkpoint.pt has 1"),
+        (Flags, "", {"activation": "GELU"}, "activation of the network is GELU, but fork/checkpoint.pt has ReLU"),
+    ],
+)
+def test_a_fork_goes_on_with_a_run_that_did_what_it_does(tmp_path, monkeypatch, cls, words, network, error):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("fork")
+    torch.save({"args": {"seed": 1, "resume": False}, "config": asdict(model.ModelConfig())}, "fork/checkpoint.pt")
+    handler = signal.getsignal(signal.SIGINT)
+    args = model.read_flags(cls, "", words.split())
+    refused = pytest.raises(SystemExit, match=error) if error else contextlib.nullcontext()
+    with refused:
+        model.open_run(args, cls, model.ModelConfig(**network), "fork", {"resume", "run_dir"})
+    signal.signal(signal.SIGINT, handler)
+
+
+def test_a_run_of_another_script_is_not_gone_on_with(work):
+    command = COMMANDS["student"].replace("--run-dir student", "--run-dir teacher")
+    assert "teacher/checkpoint.pt has --" in run(work, command)
+
+
+def test_a_finished_run_can_be_asked_again_for_its_data(toy, work):
+    again = changed(COMMANDS["scratch"], "--save-dataset again/data.npz")
+    run_alone(work, again)
+    run_alone(work, again)
+    assert plain(model.load_file(f"{work}/again/data.npz")) == plain(model.load_file(f"{toy[0]}/scratch/data.npz"))
+    other = changed(COMMANDS["scratch"], "--save-dataset scratch2/data.npz")
+    assert "--save-dataset scratch2/data.npz has other data" in run(work, other)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_run_goes_on_where_nothing_can_be_locked(work, monkeypatch, capsys, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert run(work, COMMANDS["student"]) is None
+    assert f"warning: student cannot be locked ([Errno {number}]" in capsys.readouterr().out
+
+
+def test_a_run_outlives_its_terminal(toy, tmp_path):
+    master, terminal = pty.openpty()
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    command = words(COMMANDS["scratch"])
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), start_new_session=True, **streams)
+    os.close(terminal)
+    said = b""
+    while b"run folder" not in said:
+        said += os.read(master, 4096)
+    os.close(master)
+    assert process.wait() == 0
+    assert left(tmp_path / "scratch") == left(toy[0] / "scratch")
 
 
 def test_a_game_that_does_not_replay_is_an_error(work):
