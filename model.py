@@ -636,7 +636,11 @@ def check_numbers(args, may_be_zero):
     smallest = {"similarity_threshold": -1, "batch_size": 2, "channels": 2, "eval_max_frames": 4}
     smallest |= {"dirichlet_alpha": 1e-3, "max_grad_norm": 1e-3}
     largest = dict.fromkeys(("gamma", "momentum", "priority_beta", "dirichlet_fraction", "similarity_threshold"), 1)
-    largest |= {"seed": 2**64 - 1, "eval_episodes": 1000}  # the seeds of games from 1000 on are those of self-play
+    largest |= {
+        "priority_exponent": 10,
+        "seed": 2**64 - 1,
+        "eval_episodes": 1000,
+    }  # the seeds of games from 1000 on are those of self-play
     for name, value in vars(args).items():
         lowest = smallest.get(name, 0 if name in may_be_zero or isinstance(value, float) else 1)
         highest = largest.get(name, sys.float_info.max)

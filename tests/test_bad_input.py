@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_resume import ROOT, changed, run
+from test_resume import ROOT, run, with_flags
 
 import finetune
 import model
@@ -158,7 +158,7 @@ def work(made, tmp_path, monkeypatch):
     ],
 )
 def test_a_wrong_flag_is_named_with_what_was_expected(work, script, flags, words):
-    assert words in refusal(script, changed(GOOD[script], flags))
+    assert words in refusal(script, with_flags(GOOD[script], flags))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_a_teacher_that_is_another_one_now_is_refused_unless_it_is_asked_for(wor
 def test_an_evaluation_needs_no_teacher_and_says_nothing_of_training(work, capsys):
     for name in ("teacher1", "teacher2", "data1.npz", "data2.npz"):
         shutil.move(name, "..")
-    flags = changed(GOOD["finetune.py"], "--total-timesteps 0 --env-id toy_env:Catch-v1 --batch-size 65536")
+    flags = with_flags(GOOD["finetune.py"], "--total-timesteps 0 --env-id toy_env:Catch-v1 --batch-size 65536")
     assert run(".", f"finetune.py {flags} --run-dir new") is None
     assert "update of this size" not in capsys.readouterr().out
 
@@ -237,13 +237,15 @@ def test_a_student_finds_the_very_data_it_was_distilled_from(made, moved):
     expected = [model.read_dataset(f"{made}/teacher{i}/targets.npz", is_answered=True)["checksum"] for i in (1, 2)]
     os.makedirs("far/away")
     os.symlink("far/away", "runs")
-    assert run(".", f"finetune.py {changed(GOOD['finetune.py'], f'--pretrained {moved}')} --run-dir runs/new") is None
+    assert (
+        run(".", f"finetune.py {with_flags(GOOD['finetune.py'], f'--pretrained {moved}')} --run-dir runs/new") is None
+    )
     assert model.load_file("runs/new/checkpoint.pt")["datasets"] == expected
     assert [*model.load_model("runs/new/model.pt")[1]["teacher_folders"]] == expected
 
 
 def test_names_of_run_folders_are_short_and_plain(work):
-    flags = changed(GOOD["pretrain_teacher.py"], "--datasets data1.npz data2.npz")
+    flags = with_flags(GOOD["pretrain_teacher.py"], "--datasets data1.npz data2.npz")
     assert run(".", f"pretrain_teacher.py {flags}") is None
     assert run(".", f"finetune.py {GOOD['finetune.py']} --exp-name 'a/b c'") is None
     names = sorted(os.listdir("runs"))

@@ -37,7 +37,7 @@ TINY = "--channels 2 --blocks 1 --batch-size 4 --num-simulations 2 --unroll-step
 TINY += " --eval-max-frames 24 --eval-every 10 --checkpoint-every 3 --no-cuda --resume"
 
 
-def changed(command, flags):
+def with_flags(command, flags):
     """A command with other values of some flags, which no script takes twice."""
     for flag in re.findall(r"--([\w-]+)", flags):
         command = re.sub(rf"(^| )--{flag}(?![\w-])( (?!--)\S+)*", "", command)
@@ -50,9 +50,9 @@ def chain(games, updates):
     offline = f"{TINY} --num-updates {updates} --cycle 2"
     commands = {
         "scratch": f"{online} --env-id {games[0]} --save-dataset scratch/data.npz",
-        "scratch2": changed(online, f"--total-timesteps 12 --env-id {games[1]} --save-dataset scratch2/data.npz"),
+        "scratch2": with_flags(online, f"--total-timesteps 12 --env-id {games[1]} --save-dataset scratch2/data.npz"),
         "teacher": f"pretrain_teacher.py {offline} --datasets scratch/data.npz",
-        "teacher2": changed(f"pretrain_teacher.py {offline}", "--num-updates 2 --datasets scratch2/data.npz"),
+        "teacher2": with_flags(f"pretrain_teacher.py {offline}", "--num-updates 2 --datasets scratch2/data.npz"),
         "student": f"distill.py {offline} --teachers teacher teacher2",
         "xtra": f"{online} --env-id {games[2]} --pretrained student --offline-batch-size 4 --similarity-start 0"
         " --similarity-interval 8 --similarity-updates 3 --similarity-threshold 0",
@@ -189,11 +189,11 @@ def test_ctrl_c_prints_the_command_that_goes_on(toy, work):
     ],
 )
 def test_what_may_not_change_between_a_run_and_its_resumption(work, name, change, words):
-    assert run(work, changed(COMMANDS[name], change)).startswith(words)
+    assert run(work, with_flags(COMMANDS[name], change)).startswith(words)
 
 
 def test_how_a_run_is_made_may_change_between_it_and_its_resumption(toy, work):
-    assert run(work, changed(COMMANDS["student"], "--checkpoint-every 5 --exp-name other")) is None
+    assert run(work, with_flags(COMMANDS["student"], "--checkpoint-every 5 --exp-name other")) is None
     assert left(work / "student")["evaluations.csv"] == left(toy[0] / "student")["evaluations.csv"]
 
 
@@ -241,11 +241,11 @@ def test_a_run_of_another_script_is_not_gone_on_with(work):
 
 
 def test_a_finished_run_can_be_asked_again_for_its_data(toy, work):
-    again = changed(COMMANDS["scratch"], "--save-dataset again/data.npz")
+    again = with_flags(COMMANDS["scratch"], "--save-dataset again/data.npz")
     run_alone(work, again)
     run_alone(work, again)
     assert plain(model.load_file(f"{work}/again/data.npz")) == plain(model.load_file(f"{toy[0]}/scratch/data.npz"))
-    other = changed(COMMANDS["scratch"], "--save-dataset scratch2/data.npz")
+    other = with_flags(COMMANDS["scratch"], "--save-dataset scratch2/data.npz")
     assert "--save-dataset scratch2/data.npz has other data" in run(work, other)
 
 
@@ -283,7 +283,7 @@ def test_a_game_that_does_not_replay_is_an_error(work):
 def test_numbers_that_are_not_finite_end_the_run_before_they_are_saved(work, name):
     length, cycle = ("total-timesteps", "num-envs") if name == "scratch" else ("num-updates", "cycle")
     flags = f"--learning-rate 1e25 --{length} 100 --{cycle} 1 --checkpoint-every 1 --run-dir new"
-    refused = run(work, changed(COMMANDS[name], flags))
+    refused = run(work, with_flags(COMMANDS[name], flags))
     assert refused.startswith("error: the loss is not finite at update 2; try a lower")
     checkpoint = model.load_file(str(work / "new" / "checkpoint.pt"))
     assert checkpoint["updates"] == 2 and all(x.isfinite().all() for x in checkpoint["net"].values())

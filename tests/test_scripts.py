@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_resume import with_flags
 
 import model
 from finetune import GAME_OVER, LIFE_LOST, TIME_LIMIT, Replay, save_dataset, short_name, unpack_dataset
@@ -49,12 +50,13 @@ RUNS = {  # run folder: script and flags
 
 def words_of(command, run_dir):
     script, flags = command.split(" ", 1)
-    return f"{ROOT}/{script} {TINY} --eval-max-frames 80 {flags} --run-dir {run_dir}".split()
+    return f"{ROOT}/{script} {with_flags(f'{TINY} --eval-max-frames 80', flags)} --run-dir {run_dir}".split()
 
 
 def run(folder, command, run_dir):  # on one thread -> the lines it says
     words = words_of(command, run_dir)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}/tests"}
+    environment["TQDM_DISABLE"] = "1"  # no number comes from a bar
     done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.splitlines()
@@ -110,8 +112,8 @@ def test_a_script_says_why_it_uses_the_cpu_and_at_last_its_folder_and_the_next_c
         assert f"device: CPU, float32; nothing is compiled or recorded ({reason})" in lines
         args = model.load_model(f"{chain[0]}/{run_dir}/model.pt")[1]["args"]
         assert not args["cuda"] and not args["compile"] and not args["cudagraphs"]  # what is in use
-    assert chain[1]["teacher1"][-1].endswith("Next: python distill.py --teachers teacher1 OTHER_TEACHERS...")
-    assert chain[1]["student"][-1].endswith("Next: python finetune.py --pretrained student --env-id NEW_GAME")
+    assert chain[1]["teacher1"][-1].endswith("distill.py --teachers teacher1 OTHER_TEACHERS...")
+    assert chain[1]["student"][-1].endswith("finetune.py --pretrained student --env-id NEW_GAME")
 
 
 def test_a_run_folder_holds_the_files_of_its_run(chain):
