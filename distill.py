@@ -95,7 +95,7 @@ class Args:
     batch_size: int = 256  # samples per update, shared evenly among the teachers
     channels: int = 64  # channels of the latent; LSTM and projector scale with them
     blocks: int = 4  # residual blocks per group of the representation network h (1: EfficientZero; 4: -L and XTRA)
-    num_simulations: int = 50  # simulations of a search (evaluation only; behaviour cloning uses none)
+    num_simulations: int = 50  # simulations of a search in evaluations; behaviour cloning uses none, as 0 does
     c_init: float = 1.25  # weight of the prior against the values in a search
     training: Training = field(default_factory=Training)
     targets: Targets = field(default_factory=Targets)
@@ -547,7 +547,7 @@ def log_evaluation(writer, env_id, env_steps, updates, returns, lengths, suffix=
 
 if __name__ == "__main__":
     args = model.read_flags(Args, __doc__)
-    model.check_numbers(args, may_be_zero=("seed",))
+    model.check_numbers(args, may_be_zero=("seed", "num_simulations"))
     check_games(args, "teachers", expected="run folders; pretrain_teacher.py writes one")
     E = args.cycle
     m = len(args.teachers)

@@ -1,5 +1,6 @@
 """The EfficientZero networks, the value transform and the augmentation: tensors in, tensors out, on any device. Then
-what records kernels on a GPU, and at the end the command line, files and run folders of the three scripts.
+what records kernels on a GPU, and at the end what comes from outside and goes there: environments, the command line,
+files and run folders of the three scripts.
 
     o_t-3..o_t --h--> s_0 --g(a_t)--> s_1 --g(a_t+1)--> s_2 ...    h  RepresentationNetwork    B  batch
                        |               |                           g  DynamicsNetwork          C  channels of the latent
@@ -508,9 +509,8 @@ class Checked(gym.Wrapper):
         is_image = len(shape) == 2 or self.channels_first or len(shape) == 3 and shape[2] in (1, 3)
         self.is_resized = env.observation_space.dtype == np.uint8 and is_image and shape != (96, 96, 3)
         if self.is_resized:
-            print_once(
-                f"{env.spec.id}: its images {shape} are made (96, 96, 3); the last four are stacked, as for Atari"
-            )
+            made = f"its images {shape} are made (96, 96, 3); the last four are stacked, as for Atari"
+            print_once(f"{env.spec.id}: {made}")
             self.observation_space = gym.spaces.Box(0, 255, (96, 96, 3), np.uint8)
 
     def fit(self, obs):
@@ -593,8 +593,9 @@ def read_flags(cls, description, words=None):
     closest flags.
     """
     for name in ("stdout", "stderr"):
-        if type(getattr(sys, name)) is io.TextIOWrapper:
-            setattr(sys, name, Output(getattr(sys, name)))
+        stream = getattr(sys, name) or open(os.devnull, "w")  # a daemon may have none
+        if type(stream) is io.TextIOWrapper:
+            setattr(sys, name, Output(stream))
     words = sys.argv[1:] if words is None else words
     width = max(40, shutil.get_terminal_size().columns - 1)
     paragraphs = description.strip().split("\n\n")
@@ -627,7 +628,7 @@ def read_flags(cls, description, words=None):
         if isinstance(value, str):
             flags[name] = os.path.expanduser(value)
         if isinstance(value, tuple):
-            flags[name] = tuple(map(os.path.expanduser, value))
+            flags[name] = tuple(os.path.expanduser(x) if isinstance(x, str) else x for x in value)
     return SimpleNamespace(**flags)
 
 
@@ -636,11 +637,8 @@ def check_numbers(args, may_be_zero):
     smallest = {"similarity_threshold": -1, "batch_size": 2, "channels": 2, "eval_max_frames": 4}
     smallest |= {"dirichlet_alpha": 1e-3, "max_grad_norm": 1e-3}
     largest = dict.fromkeys(("gamma", "momentum", "priority_beta", "dirichlet_fraction", "similarity_threshold"), 1)
-    largest |= {
-        "priority_exponent": 10,
-        "seed": 2**64 - 1,
-        "eval_episodes": 1000,
-    }  # the seeds of games from 1000 on are those of self-play
+    largest |= {"seed": 2**64 - 1, "priority_exponent": 10}
+    largest["eval_episodes"] = 1000  # the seeds of games from 1000 on are those of self-play
     for name, value in vars(args).items():
         lowest = smallest.get(name, 0 if name in may_be_zero or isinstance(value, float) else 1)
         highest = largest.get(name, sys.float_info.max)

@@ -23,7 +23,6 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
-import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -172,7 +171,7 @@ def ceiling(args, game, seed, updates=400, stored=1000, K=2):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = model.read_flags(Args, __doc__)
     unknown = [game for game in args.games if game not in gym.registry]
     if unknown:
         raise SystemExit(f"error: --games {unknown[0]} is not in tests/toy_env.py; choose from {' '.join(GAMES)}")

@@ -195,7 +195,7 @@ def make_teacher(folder, game, steps, seed):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args = model.read_flags(Args, __doc__)
     cases = args.cases or [name for name in CASES if not (args.quick and name == "efficientzero-l")]
     options = {"args": args.flags.split(), "config": (tyro.conf.OmitArgPrefixes,), "return_unknown_args": True}
     unknown = [{*tyro.cli(script.Args, **options)[1]} for script in (finetune, pretrain_teacher, distill)]

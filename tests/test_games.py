@@ -94,7 +94,7 @@ def check(game, steps, num_envs, monkeypatch):
             if t % 10 == 0 and screen is not None:
                 expected = np.asarray(Image.fromarray(screen).resize((96, 96), Image.BOX)).astype(int)
                 found = replay.frames[row + 1].permute(1, 2, 0).numpy()
-                assert np.abs(expected - found).mean() < 6  # another way to resize
+                assert np.abs(expected - found).mean() < 10  # another way to resize
     return games
 
 
