@@ -424,23 +424,16 @@ def start_games(env_id, replay, streams, seed):
     E = len(streams)
     envs = make_envs(env_id, E)
     if not isinstance(envs, model.AtariGames) and rehearse(envs, seed) != rehearse(envs, seed):
-        print(f"warning: {env_id} plays other games if reset with the same seed; no --resume can repeat them")
+        print(f"warning: {env_id} is another game each time it is reset with seed {seed}: --resume will not work")
     frames, info = envs.reset(seed=seed)
     frames = np.ascontiguousarray(frames).reshape(E, 96, 96, 3)
     replay.frames[streams] = torch.from_numpy(frames).to(replay.frames.device).permute(0, 3, 1, 2)
-    return Play(
-        envs=envs,
-        newest=streams,
-        over=np.zeros(E, bool),
-        lives=info.get("lives", np.zeros(E)),
-        score=np.zeros(E),
-        length=np.zeros(E, np.int64),
-        checksum=hashlib.sha256(frames),
-    )
+    lives = info.get("lives", np.zeros(E))
+    return Play(envs, streams, np.zeros(E, bool), lives, np.zeros(E), np.zeros(E, np.int64), hashlib.sha256(frames))
 
 
 def rehearse(envs, seed):
-    """Checksum of the first frames and rewards after `reset(seed=seed)`: the same each time if the games follow it."""
+    """Checksum of the frames and rewards of 8 steps of action 0 after `reset(seed=seed)`."""
     shown = [envs.reset(seed=seed)[0]]
     for _ in range(8):
         frames, reward, *_ = envs.step(np.zeros(envs.num_envs, np.int64))
@@ -875,20 +868,23 @@ def load_networks(args):
 
 
 def read_teachers(args, folders):
-    """The offline games -> list of what `read_teacher` returns. They are those of --teachers, or else those with which
-    the student was distilled, wherever of `folders` they lie; a checksum tells."""
-    if args.teachers or args.total_timesteps == 0 or not args.cross_task:  # without training nothing is read
-        return [read_teacher(folder) for folder in args.teachers if args.total_timesteps]
+    """The offline games -> list of what `read_teacher` returns. Without --teachers they are those that the student was
+    distilled from, in whichever of the two `teacher_folders` of each has the same data and answers."""
+    if args.total_timesteps == 0 or not args.cross_task:
+        return []
+    if args.teachers:
+        return [read_teacher(folder) for folder in args.teachers]
     datasets = []
-    for checksum, places in folders.items():
-        places = dict.fromkeys(os.path.realpath(os.path.join(os.path.realpath(args.pretrained), x)) for x in places)
+    for checksum, (relative, absolute) in folders.items():
+        beside = os.path.realpath(os.path.join(os.path.realpath(args.pretrained), relative))
+        places = dict.fromkeys([beside, absolute])  # mostly the same
         there = [read_teacher(folder) for folder in places if os.path.exists(f"{folder}/targets.npz")]
         same = [data for data in there if data["checksum"] == checksum]
         if not same:
             found = "have changed since" if there else "are gone"
             hint = "give the teachers that it is to train on as --teachers"
             raise SystemExit(f"error: teacher and data of --pretrained in {' or '.join(places)} {found}; {hint}")
-        datasets += same[:1]
+        datasets.append(same[0])
     return datasets
 
 
@@ -914,7 +910,7 @@ if __name__ == "__main__":
         raise SystemExit(f"error: --env-id {args.env_id} is one of the offline games; choose a game that is not")
     m = len(datasets)
     if len(set(env_ids)) < m:
-        raise SystemExit(f"error: --teachers has a game twice: {' '.join(env_ids)}; give one teacher of each game")
+        raise SystemExit(f"error: an offline game is there twice: {' '.join(env_ids)}; give one teacher of each")
     if m and args.offline_batch_size % m:
         raise SystemExit(f"error: --offline-batch-size {args.offline_batch_size} is not a multiple of the {m} games")
     sizes = [args.batch_size] + m * [args.offline_batch_size // max(1, m)]  # samples of each game in a batch
@@ -954,8 +950,8 @@ if __name__ == "__main__":
         model.check_writable("--save-dataset", os.path.dirname(args.save_dataset))
     lock, checkpoint = model.open_run(args, Args, net.config, run_dir, MAY_CHANGE)  # locked until this process ends
     streams = np.arange(own.start, own.stop, stream_length)  # [E] first row of each
-    # Evaluations have the seeds below 1000; ale-py takes 31 bits.
-    play = start_games(args.env_id, replay, streams, seed=1000 * (1 + args.seed) % 2_000_000_000)
+    # Seeds below 1000 are those of evaluations; ale-py takes 31 bits.
+    play = start_games(args.env_id, replay, streams, seed=1000 + 1000 * args.seed % 2_000_000_000)
     random_steps = 0 if args.pretrained else args.learning_starts
     updates = env_steps = 0
     renewed = -1  # number of the last search before the target network changed; -1: it never did
@@ -968,13 +964,13 @@ if __name__ == "__main__":
     learners["optimizer"] = optimizer
     if checkpoint:
         if checkpoint["datasets"] != checksums:
-            raise SystemExit("error: --teachers are not those that the run was started with; give the same")
+            raise SystemExit("error: the offline games are not those of the checkpoint; give the same --teachers")
         for action in model.Progress(checkpoint["actions"].numpy(), desc="playing the games again", leave=False):
             play_step(play, replay, action, env_steps)
             env_steps += E
         if play.checksum.hexdigest() != checkpoint["checksum"]:
-            found = "the games differ from those of the checkpoint, which follow from its seed and actions"
-            raise SystemExit(f"error: {found}; use its ale-py or environment, one that follows the seed")
+            found = "the actions of the checkpoint lead to other frames or rewards than they did"
+            raise SystemExit(f"error: {found}; use its version of ale-py or of the environment, if the seed fixes that")
         for name, learner in learners.items():
             learner.load_state_dict(checkpoint[name])
         rng.bit_generator.state = checkpoint["rng"]
@@ -1137,7 +1133,7 @@ if __name__ == "__main__":
     play.envs.close()
     writer.close()
 
-    if args.save_dataset and os.path.exists(args.save_dataset):  # the run was done, and has been asked again
+    if args.save_dataset and os.path.exists(args.save_dataset):  # a finished run was resumed
         if not np.array_equal(model.read_dataset(args.save_dataset)["action"], replay.action[own]):
             raise SystemExit(f"error: --save-dataset {args.save_dataset} has other data; --resume with another name")
     elif args.save_dataset:

@@ -479,17 +479,17 @@ def augment(obs, generator, scale=0.05):
 
 # --- environments ---
 class AtariGames(AtariVectorEnv):
-    """ale-py's vector environment, whose actions are ALE ids: it counts in the game's own list of them, which in Skiing
-    and LostLuggage lacks those with FIRE. An id that a game does not have is a no-op."""
+    """ale-py's vector environment for actions that are ALE ids. It takes positions in the game's list of actions, which
+    in Skiing and LostLuggage lacks those with FIRE; there an id is not its position. Ids a game lacks are no-ops."""
 
     def __init__(self, rom, num_envs, **options):
         super().__init__(rom, num_envs, full_action_space=True, **options)
         ids = [action.value for action in self.ale.get_action_set()]
-        self.index = np.zeros(18, np.int64)
-        self.index[ids] = np.arange(len(ids))
+        self.position = np.zeros(18, np.int64)  # of each ALE id
+        self.position[ids] = np.arange(len(ids))
 
     def send(self, actions):
-        super().send(self.index[actions])
+        super().send(self.position[actions])
 
 
 print_once = functools.cache(print)  # every evaluation makes its games anew
@@ -498,7 +498,7 @@ print_once = functools.cache(print)  # every evaluation makes its games anew
 class Checked(gym.Wrapper):
     """An environment whose images, gray or of another size or channel first, become uint8 [96, 96, 3].
 
-    Ends the run with one line at a frame that is not of its space, and at a reward that is not a finite number.
+    Ends the run with one line at a frame that its space does not have, and at a reward that is not a finite number.
     """
 
     def __init__(self, env):
@@ -507,8 +507,8 @@ class Checked(gym.Wrapper):
         shape = env.observation_space.shape or ()
         self.channels_first = len(shape) == 3 and shape[0] in (1, 3)
         is_image = len(shape) == 2 or self.channels_first or len(shape) == 3 and shape[2] in (1, 3)
-        self.is_resized = env.observation_space.dtype == np.uint8 and is_image and shape != (96, 96, 3)
-        if self.is_resized:
+        self.is_converted = env.observation_space.dtype == np.uint8 and is_image and shape != (96, 96, 3)
+        if self.is_converted:
             made = f"its images {shape} are made (96, 96, 3); the last four are stacked, as for Atari"
             print_once(f"{env.spec.id}: {made}")
             self.observation_space = gym.spaces.Box(0, 255, (96, 96, 3), np.uint8)
@@ -519,7 +519,7 @@ class Checked(gym.Wrapper):
         if pixels.shape != space.shape or pixels.dtype != space.dtype:
             found = f"shows {pixels.dtype} {pixels.shape} at step {self.steps} of a game, but its space is"
             raise SystemExit(f"error: {self.spec.id} {found} {space.dtype} {space.shape}; mend one of the two")
-        if not self.is_resized:
+        if not self.is_converted:
             return pixels
         pixels = np.moveaxis(pixels, 0, -1) if self.channels_first else pixels
         pixels = pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels  # Pillow's gray images have no channels
@@ -559,14 +559,14 @@ def make_own_envs(env_id, num_envs):
         raise SystemExit(f"error: --env-id {env_id}: {found}; {expected}; is its folder on PYTHONPATH?") from None
     if not fits:
         found = " ".join(f"{obs} and {actions}".split())
-        expected = "expected uint8 images of 1 or 3 channels and Discrete(n) with n <= 18; wrap the environment"
+        expected = "expected uint8 images of 1 or 3 channels and Discrete(n) from 0 with n <= 18; wrap the environment"
         raise SystemExit(f"error: --env-id {env_id} has {found}; {expected}")
     return envs
 
 
 # --- command line and terminal ---
 class Output:
-    """A stream of text whose end ends nothing: what is written to a closed terminal or a broken pipe is lost."""
+    """A stream of text that drops what it cannot write, at a closed terminal or a broken pipe, instead of raising."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -587,7 +587,8 @@ class Output:
 
 def read_flags(cls, description, words=None):
     """The command line as the flags of the dataclass `cls`, in one namespace: --gamma is args.gamma, in whatever group
-    of --help it stands. `~` is expanded. words: instead of those of the command line.
+    of --help it stands. `~` is expanded. words: instead of those of the command line. From here on what is printed ends
+    no run (`Output`).
 
     Exits with one line if a value is of the wrong type or empty, a flag given twice or unknown; that one names the
     closest flags.
@@ -609,7 +610,8 @@ def read_flags(cls, description, words=None):
     except SystemExit as end:
         if end.code == 0:  # --help
             raise
-        parts = re.split("[─-]{9,}", re.sub("[│╭╮╰╯|+]", " ", said.getvalue()))  # of tyro's box: title, reason, ...
+        lines = re.sub(r"^[│|╭╰+]|[│|╮╯+]$", " ", said.getvalue(), flags=re.M)  # tyro draws a box
+        parts = re.split("[─-]{9,}", lines)  # title, reason, ...
         reason = parts[1] if len(parts) > 1 else parts[0]
         raise SystemExit(f"error: {' '.join(reason.split())}; see --help") from None
     flags = {}
@@ -633,7 +635,7 @@ def read_flags(cls, description, words=None):
 
 
 def check_numbers(args, may_be_zero):
-    """Exits with one line if a number is too small, as 0 mostly is, or too large."""
+    """Exits with one line if a number is out of its range, or if --resume or --track lack what they need."""
     smallest = {"similarity_threshold": -1, "batch_size": 2, "channels": 2, "eval_max_frames": 4}
     smallest |= {"dirichlet_alpha": 1e-3, "max_grad_norm": 1e-3}
     largest = dict.fromkeys(("gamma", "momentum", "priority_beta", "dirichlet_fraction", "similarity_threshold"), 1)
@@ -648,8 +650,8 @@ def check_numbers(args, may_be_zero):
             raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {expected}")
     if args.resume and not args.run_dir:
         runs = glob.glob(f"runs/*__{file_name(args.exp_name)}__*")
-        newest = max(runs, key=os.path.getmtime, default="none in runs/")
-        raise SystemExit(f"error: --resume needs the --run-dir that it is to continue; the newest is {newest}")
+        newest = max(runs, key=os.path.getmtime, default="one that is not in runs/")
+        raise SystemExit(f"error: --resume needs the --run-dir that it is to continue; perhaps {newest}")
     spec = importlib.util.find_spec("wandb")
     if args.track and (spec is None or spec.origin is None):  # a folder named wandb has a spec too, of no origin
         raise SystemExit("error: --track needs the package wandb, which is not installed; pip install wandb")
@@ -724,7 +726,7 @@ def load_file(path):
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch takes a member that says it is a folder for one, whose tensor it then leaves uninitialised.
+            # One flipped bit makes a member a folder, which has no checksum: torch leaves its tensor uninitialised.
             folders = [member.filename for member in archive.infolist() if member.external_attr & 0x10]
             damaged = archive.testzip() or ", ".join(folders)
         if damaged:
@@ -741,6 +743,8 @@ def load_file(path):
         raise SystemExit(f"error: {file} is a file, expected a run folder; give {folder}") from None
     except IsADirectoryError:
         raise SystemExit(f"error: {path} is a folder, expected a file; give one in it, or another") from None
+    except PermissionError:
+        raise SystemExit(f"error: {path} may not be read; ask its owner for the permission") from None
     except (OSError, EOFError, ValueError, RuntimeError, *DAMAGE) as error:
         reason = " ".join(str(error).split())[:120]
         raise SystemExit(f"error: {path} is damaged, or no file of this project ({reason}); make it again") from None
@@ -753,30 +757,32 @@ def read_dataset(path, is_answered=False):
     line if the file is missing, damaged or something else (docs/finetune.md, "Datasets").
     """
     data = load_file(path)
-    kinds = {"action": "iu", "reward": "f", "acted": "b", "end": "iu"}  # of the arrays with an entry per frame
-    kinds |= {"policy": "f", "value": "f"} if is_answered else {}
-    names = {"env_id", "frames", "chunk_ends", *kinds} | ({"score"} if is_answered else set())
+    types = {"action": "integral", "reward": "real floating", "acted": "bool", "end": "integral"}  # of arrays [R]
+    types |= {"policy": "real floating", "value": "real floating"} if is_answered else {}
+    names = {"env_id", "frames", "chunk_ends", *types} | ({"score"} if is_answered else set())
     if not names <= data.keys():
         raise SystemExit(f"error: {path} has no {', '.join(sorted(names - data.keys()))}; give a dataset")
     data = {name: data[name] for name in names} | {"env_id": str(data["env_id"])}
     R = len(data["action"])
-    if R == 0 or {len(data[name]) for name in kinds} != {R} or len(data["chunk_ends"]) != -(-R // 8):
+    if R == 0 or {len(data[name]) for name in types} != {R} or len(data["chunk_ends"]) != -(-R // 8):
         raise SystemExit(f"error: dataset {path} has not one entry per frame and a chunk for every 8; write it again")
-    acted = data["acted"].astype(bool)
-    is_last = np.append(False, data["end"][:-1] >= 2)  # [R] the last frame of a game, or of the data
+    for name, kind in types.items():
+        if not np.isdtype(data[name].dtype, kind):
+            raise SystemExit(f"error: dataset {path}: {name} is {data[name].dtype}, expected {kind}; write it again")
+    acted, end = data["acted"], data["end"]
+    is_last = np.append(False, end[:-1] >= 2)  # [R] the last frame of a game, or of the data
     is_last[-1] = True
     problems = {
-        "acted is not bool, action or end no integers": any(data[x].dtype.kind not in kinds[x] for x in kinds),
         "no step in it was acted on": not acted.any(),
         "actions are not ALE ids, 0 to 17": not np.isin(data["action"], range(18)).all(),
         "rewards are not finite": not (np.abs(data["reward"]) < 3e38).all(),
-        "an end is not 0 to 3, or is not at the action that ended it": (data["end"] > 3 * acted).any(),
+        "an end is not 0 to 3, or not at the action that ended it": ((end < 0) | (end > 3 * acted)).any(),
         "a last frame is missing (a row with acted = False after a game and at the end)": acted[is_last].any(),
     }
     for problem, found in problems.items():
         if found:
             raise SystemExit(f"error: dataset {path}: {problem}; write it with save_dataset of finetune.py")
-    data["checksum"] = hashlib.sha256(b"".join(data[name].tobytes() for name in ("frames", *kinds))).hexdigest()
+    data["checksum"] = hashlib.sha256(b"".join(data[name].tobytes() for name in ("frames", *types))).hexdigest()
     return data
 
 
@@ -835,13 +841,13 @@ def open_run(args, cls, config, run_dir, may_change):
     if os.listdir(run_dir) and not args.resume:
         hint = "continue the run in it with --resume, or choose another folder"
         raise SystemExit(f"error: --run-dir {run_dir} is not empty; {hint}")
-    lock = filelock.FileLock(f"{run_dir}/lock", fallback_to_soft=False)  # that one would outlive a kill
+    lock = filelock.FileLock(f"{run_dir}/lock", fallback_to_soft=False)  # a soft lock would outlive a kill
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise SystemExit(f"error: --run-dir {run_dir} is in use by another process; choose another folder") from None
     except (OSError, NotImplementedError) as error:
-        print(f"warning: {run_dir} cannot be locked ({error}); no other process may use it")
+        print(f"warning: {run_dir} cannot be locked ({error}); see to it that no other process uses it")
     print(f"run folder: {run_dir} (Ctrl-C stops; {shlex.join(['--resume', '--run-dir', run_dir])} goes on)")
     path = f"{run_dir}/checkpoint.pt"
     checkpoint = load_file(path) if os.path.exists(path) else None
@@ -860,15 +866,15 @@ def open_run(args, cls, config, run_dir, may_change):
 
 
 def compare_runs(path, checkpoint, args, cls, config, may_change):
-    """Exits with one line if a checkpoint is of a run with other flags or another network. What is new since then had
-    its default."""
+    """Exits with one line if a checkpoint is of a run with other flags or another network. A flag that it lacks counts
+    as having had its default."""
     now = vars(args) | asdict(config)
     defaults = vars(read_flags(cls, "", [])) | asdict(ModelConfig())
     before = defaults | checkpoint["args"] | checkpoint.get("config", {})
-    for name in before:
+    for name in before.keys() - may_change:
         flag = f"--{name.replace('_', '-')}" if name in checkpoint["args"] | vars(args) else f"{name} of the network"
-        if name not in now and name not in may_change:
-            raise SystemExit(f"error: {path} has {flag}, which this script has not; use the one that wrote it")
-        if name not in may_change and before[name] != now[name]:
+        if name not in now:
+            raise SystemExit(f"error: {path} has {flag}, which this script does not know; use the one that wrote it")
+        if before[name] != now[name]:
             found = f"{flag} is {now[name]}, but {path} has {before[name]}"
             raise SystemExit(f"error: {found}; give the flags that it was started with, or another --run-dir")

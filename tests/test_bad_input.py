@@ -116,7 +116,7 @@ def work(made, tmp_path, monkeypatch):
         (
             "finetune.py",
             "--teachers teacher1 teacher1",
-            "--teachers has a game twice: toy_env:Catch-v1",
+            "an offline game is there twice: toy_env:Catch-v1",
         ),
         ("pretrain_teacher.py", "--datasets data1.npz data1.npz", "--datasets has a game twice: toy_env:Catch-v1"),
         ("finetune.py", "--channels 4", "--channels 4, but --pretrained student has 2; drop the flag"),
@@ -130,8 +130,12 @@ def work(made, tmp_path, monkeypatch):
         ("pretrain_teacher.py", "--run-dir student", "--run-dir student is not empty; continue the run in it with"),
         ("distill.py", "--run-dir data1.npz", "--run-dir data1.npz: File exists; choose another folder"),
         ("finetune.py", "--run-dir data1.npz/run", "--run-dir data1.npz/run: Not a directory; choose another folder"),
-        ("finetune.py", "--resume", "--resume needs the --run-dir that it is to continue; the newest is none in runs/"),
-        ("finetune.py", "--resume --exp-name a", "--resume needs the --run-dir that it is to continue; the newest is"),
+        (
+            "finetune.py",
+            "--resume",
+            "it is to continue; perhaps one that is not in runs/",
+        ),
+        ("finetune.py", "--resume --exp-name a", "--resume needs the --run-dir that it is to continue; perhaps"),
         # numbers
         ("pretrain_teacher.py", "--num-updates 0", "--num-updates is 0, expected 1 or more"),
         ("distill.py", "--batch-size 1", "--batch-size is 1, expected 2 or more"),

@@ -115,12 +115,14 @@ def test_a_file_that_runs_a_command_is_refused_and_runs_nothing(path):
         ("action", lambda x: x + 18, "actions are not ALE ids"),
         ("reward", lambda x: x + np.inf, "rewards are not finite"),
         ("action", lambda x: x.astype(int) - 1 - x, "actions are not ALE ids"),
-        ("action", lambda x: x.astype(float), "action or end no integers"),
+        ("action", lambda x: x.astype(float), "action is float64, expected integral"),
+        ("reward", lambda x: x.astype("U4"), "reward is <U4, expected real floating"),
         ("reward", lambda x: x.astype(float) + 1e39, "rewards are not finite"),  # as float32, which the replay has
         ("acted", lambda x: x | True, "last frame is missing"),
-        ("acted", lambda x: x.astype(np.uint8), "acted is not bool"),
-        ("end", lambda x: x > 0, "action or end no integers"),  # True would be a lost life
-        ("end", lambda x: np.roll(x, 1), "an end is not 0 to 3, or is not at the action that ended it"),
+        ("acted", lambda x: x.astype(np.uint8), "acted is uint8, expected bool"),
+        ("end", lambda x: x > 0, "end is bool, expected integral"),  # True would be a lost life
+        ("end", lambda x: x.astype(int) - 1, "an end is not 0 to 3"),
+        ("end", lambda x: np.roll(x, 1), "an end is not 0 to 3, or not at the action that ended it"),
         ("frames", None, "has no frames"),
     ],
 )
