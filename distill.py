@@ -27,7 +27,6 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-import zstandard
 from ale_py.vector_env import AtariVectorEnv
 from torch.utils.tensorboard import SummaryWriter
 
@@ -293,18 +292,9 @@ def make_replay(datasets, extra_rows, device):
 # Copied from pretrain_teacher.py
 def unpack_dataset(replay, rows, data):
     """Puts the arrays of `read_dataset` into rows of the replay; every row that was acted on has priority 1."""
-    decompressor = zstandard.ZstdDecompressor()
-    packed = data["frames"].tobytes()
-    start = 0
-    for i, stop in enumerate(data["chunk_ends"].tolist()):
-        eight = slice(rows.start + 8 * i, min(rows.start + 8 * i + 8, rows.stop))
-        try:
-            chunk = np.frombuffer(decompressor.decompress(packed[start:stop]), np.uint8).reshape(-1, 96, 96, 3)
-            replay.frames[eight] = torch.tensor(chunk).permute(0, 3, 1, 2)
-        except (zstandard.ZstdError, ValueError, RuntimeError) as error:
-            found = f"error: the frames of the dataset of {data['env_id']} are not zstd chunks of 8 ({error})"
-            raise SystemExit(f"{found}; write it with save_dataset of finetune.py") from None
-        start = stop
+    for first, chunk in model.unpack_frames(data):  # [8, 96, 96, 3]
+        first += rows.start
+        replay.frames[first : first + len(chunk)] = torch.tensor(chunk).permute(0, 3, 1, 2)
     for name in data.keys() & vars(replay).keys() - {"frames"}:  # policy and value too, if a teacher gave them
         getattr(replay, name)[rows] = data[name]
     # An episode starts after a row not acted on, and after a lost life. A game's last frame still belongs to it.

@@ -350,18 +350,9 @@ def make_replay(datasets, extra_rows, device):
 # Copied from pretrain_teacher.py
 def unpack_dataset(replay, rows, data):
     """Puts the arrays of `read_dataset` into rows of the replay; every row that was acted on has priority 1."""
-    decompressor = zstandard.ZstdDecompressor()
-    packed = data["frames"].tobytes()
-    start = 0
-    for i, stop in enumerate(data["chunk_ends"].tolist()):
-        eight = slice(rows.start + 8 * i, min(rows.start + 8 * i + 8, rows.stop))
-        try:
-            chunk = np.frombuffer(decompressor.decompress(packed[start:stop]), np.uint8).reshape(-1, 96, 96, 3)
-            replay.frames[eight] = torch.tensor(chunk).permute(0, 3, 1, 2)
-        except (zstandard.ZstdError, ValueError, RuntimeError) as error:
-            found = f"error: the frames of the dataset of {data['env_id']} are not zstd chunks of 8 ({error})"
-            raise SystemExit(f"{found}; write it with save_dataset of finetune.py") from None
-        start = stop
+    for first, chunk in model.unpack_frames(data):  # [8, 96, 96, 3]
+        first += rows.start
+        replay.frames[first : first + len(chunk)] = torch.tensor(chunk).permute(0, 3, 1, 2)
     for name in data.keys() & vars(replay).keys() - {"frames"}:  # policy and value too, if a teacher gave them
         getattr(replay, name)[rows] = data[name]
     # An episode starts after a row not acted on, and after a lost life. A game's last frame still belongs to it.
@@ -424,7 +415,7 @@ def start_games(env_id, replay, streams, seed):
     E = len(streams)
     envs = make_envs(env_id, E)
     if not isinstance(envs, model.AtariGames) and rehearse(envs, seed) != rehearse(envs, seed):
-        print(f"warning: {env_id} is another game each time it is reset with seed {seed}: --resume will not work")
+        print(f"warning: {env_id} is not fixed by its seed: a run may not come out the same again, nor --resume work")
     frames, info = envs.reset(seed=seed)
     frames = np.ascontiguousarray(frames).reshape(E, 96, 96, 3)
     replay.frames[streams] = torch.from_numpy(frames).to(replay.frames.device).permute(0, 3, 1, 2)
@@ -433,11 +424,10 @@ def start_games(env_id, replay, streams, seed):
 
 
 def rehearse(envs, seed):
-    """Checksum of the frames and rewards of 8 steps of action 0 after `reset(seed=seed)`."""
+    """Checksum of what 8 steps of action 0 show and pay after `reset(seed=seed)`."""
     shown = [envs.reset(seed=seed)[0]]
     for _ in range(8):
-        frames, reward, *_ = envs.step(np.zeros(envs.num_envs, np.int64))
-        shown += [frames, reward]
+        shown += envs.step(np.zeros(envs.num_envs, np.int64))[:4]  # frames, rewards and ends
     return hashlib.sha256(b"".join(x.tobytes() for x in shown)).hexdigest()
 
 
@@ -838,7 +828,7 @@ TRANSFERRED = {
 
 
 def load_networks(args):
-    """The network to start from -> (net on the CPU, `teacher_folders` of its offline games).
+    """The network to start from -> (net on the CPU, what else `load_model` found of it).
 
     --pretrained loads all of it, or with --transfer hg only h and g, with h only h; the rest starts at random.
     """
@@ -856,15 +846,13 @@ def load_networks(args):
         found = f"batch norm statistics of {pretrained.config.norm_steps} unroll steps, this run has {norm_steps}"
         hint = "give the --unroll-steps and --step-statistics of that run"
         raise SystemExit(f"error: --pretrained {args.pretrained} has {found}; {hint}")
-    folders = info.get("teacher_folders", {})
-    if args.cross_task and args.total_timesteps and not (args.teachers or folders):
-        found = "names no teachers" if "teacher_folders" in info else "is not a student of distill.py"
-        hint = "give a student, or --teachers or --no-cross-task"
-        raise SystemExit(f"error: --pretrained {args.pretrained} {found}; {hint}")
+    if args.cross_task and args.total_timesteps and not (args.teachers or info.get("teacher_folders")):
+        hint = "give a student of distill.py, or --teachers or --no-cross-task"
+        raise SystemExit(f"error: --pretrained {args.pretrained} names no teachers; {hint}")
     net = model.EfficientZeroNet(replace(pretrained.config, action_gain=args.action_gain))
     for part in TRANSFERRED[args.transfer]:
         getattr(net, part).load_state_dict(getattr(pretrained, part).state_dict())
-    return net, folders
+    return net, info
 
 
 def read_teachers(args, folders):
@@ -900,10 +888,11 @@ if __name__ == "__main__":
 
     # networks and data: rows of the offline games, then a stream of rows for each environment
     legal = legal_actions(args.env_id)  # [A]
-    net, folders = load_networks(args)
+    net, info = load_networks(args)
+    student = info.get("checksum")  # None: the network starts at random
     args.channels, args.blocks = net.config.channels, net.config.blocks
     device = choose_device(args, total_updates)
-    datasets = read_teachers(args, folders)
+    datasets = read_teachers(args, info.get("teacher_folders", {}))
     checksums = [data["checksum"] for data in datasets]
     env_ids = [data["env_id"] for data in datasets]
     if args.env_id in env_ids:
@@ -947,7 +936,7 @@ if __name__ == "__main__":
     run_name = model.file_name(f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
     run_dir = args.run_dir or f"runs/{run_name}"
     if args.save_dataset:
-        model.check_writable("--save-dataset", os.path.dirname(args.save_dataset))
+        model.check_writable("--save-dataset", args.save_dataset)
     lock, checkpoint = model.open_run(args, Args, net.config, run_dir, MAY_CHANGE)  # locked until this process ends
     streams = np.arange(own.start, own.stop, stream_length)  # [E] first row of each
     # Seeds below 1000 are those of evaluations; ale-py takes 31 bits.
@@ -963,6 +952,8 @@ if __name__ == "__main__":
     learners = {"net": net, "player": player.net, "target": reanalyzer.net, "next_target": next_target_net}
     learners["optimizer"] = optimizer
     if checkpoint:
+        if checkpoint.get("student", student) != student:
+            raise SystemExit("error: --pretrained is not the network that the run started from; give the same")
         if checkpoint["datasets"] != checksums:
             raise SystemExit("error: the offline games are not those of the checkpoint; give the same --teachers")
         for action in model.Progress(checkpoint["actions"].numpy(), desc="playing the games again", leave=False):
@@ -984,6 +975,12 @@ if __name__ == "__main__":
 
     info = {"args": vars(args), "env_ids": [args.env_id, *env_ids]}
     info["teacher_folders"] = teacher_folders(datasets, run_dir)
+
+    if args.save_dataset and os.path.exists(args.save_dataset):  # right if the run had been done
+        data = model.read_dataset(args.save_dataset)
+        same = [np.array_equal(data[name], getattr(replay, name)[own]) for name in ("action", "reward", "acted", "end")]
+        if updates < total_updates or data["env_id"] != args.env_id or not all(same):
+            raise SystemExit(f"error: --save-dataset {args.save_dataset} has other data; give the name of a new file")
 
     def due(every):  # whether a multiple of `every` came since the last cycle
         return updates % every < E
@@ -1010,6 +1007,7 @@ if __name__ == "__main__":
             checkpoint |= {"actions": torch.from_numpy(actions), "checksum": play.checksum.hexdigest()}
             checkpoint |= {"priority": torch.from_numpy(replay.priority)}
             checkpoint |= {"eta": eta, "similar": similar, "measured": measured, "datasets": checksums}
+            checkpoint["student"] = student
             checkpoint["renewed"] = renewed
             checkpoint |= {"updates": updates, "scores": scores, "evaluations": evaluations}
             with model.whole_file(f"{run_dir}/checkpoint.pt") as file:  # a resumed run repeats the evaluation
@@ -1133,10 +1131,7 @@ if __name__ == "__main__":
     play.envs.close()
     writer.close()
 
-    if args.save_dataset and os.path.exists(args.save_dataset):  # a finished run was resumed
-        if not np.array_equal(model.read_dataset(args.save_dataset)["action"], replay.action[own]):
-            raise SystemExit(f"error: --save-dataset {args.save_dataset} has other data; --resume with another name")
-    elif args.save_dataset:
+    if args.save_dataset and not os.path.exists(args.save_dataset):
         save_dataset(args.save_dataset, replay, own, args.env_id)
         next_stage = model.command("pretrain_teacher.py", "--datasets", args.save_dataset)
         print(f"{args.save_dataset}: dataset saved. Next: {next_stage}")

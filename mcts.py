@@ -19,6 +19,7 @@ processes load the cache. NUMBA_DISABLE_JIT=1 turns everything into plain Python
 
 import functools
 import os
+import pickle
 import warnings
 from typing import NamedTuple
 
@@ -233,14 +234,16 @@ def expand_and_backup_root(tree, s, outputs, b):
     root.q_min, root.q_max = q_min, q_max
 
 
+compiled = njit(nogil=True, error_model="numpy")
+
+
 def cached(function):
     """`function` compiled, and kept on disk for later processes. Where no folder can be written, each compiles it."""
-    options = {"nogil": True, "error_model": "numpy"}
     try:
-        return njit(cache=True, **options)(function)
+        return njit(cache=True, nogil=True, error_model="numpy")(function)
     except RuntimeError:
         warnings.warn("the compiled search cannot be kept: NUMBA_CACHE_DIR may name a folder for it", stacklevel=2)
-        return njit(**options)(function)
+        return compiled(function)
 
 
 @cached
@@ -260,11 +263,13 @@ step_parallel = njit(nogil=True, error_model="numpy", parallel=True)(getattr(ste
 
 def run_step(tree, s, outputs, expand, select, threads=1):
     """`step` on up to `threads` threads. outputs [B, 2 + A] float32: value prefix, value, prior (read if `expand`)."""
+    global step
     if threads == 1:
         try:
             return step(tree, s, outputs, expand, select)
-        except OSError as error:  # numba compiled it and could not keep it: it has not run yet
-            warnings.warn(f"the compiled search cannot be kept: {error}", stacklevel=1)
+        except (OSError, EOFError, pickle.UnpicklingError) as error:  # of the file on disk; nothing has run yet
+            warnings.warn(f"the compiled search cannot be kept or read: {error!r}", stacklevel=1)
+            step = compiled(step.py_func)
             return step(tree, s, outputs, expand, select)
     threads_before = numba.get_num_threads()
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))

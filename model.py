@@ -33,7 +33,7 @@ import textwrap
 import time
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from types import SimpleNamespace
 
 import filelock
@@ -42,6 +42,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+import zstandard
 from ale_py.vector_env import AtariVectorEnv
 from PIL import Image
 from torch import nn
@@ -533,9 +534,10 @@ class Checked(gym.Wrapper):
         self.steps += 1
         obs, reward, terminated, truncated, _ = self.env.step(action)
         paid = np.asarray(reward)
-        if paid.shape or paid.dtype.kind not in "biuf" or not abs(paid) < 3e38:  # as float32 holds it
-            found = f"pays {reward} at step {self.steps} of a game"
-            raise SystemExit(f"error: {self.spec.id} {found}, expected a finite number; mend the environment")
+        is_number = not paid.shape and paid.dtype.kind in "biuf" and abs(paid) < 3e38  # as float32 holds it
+        if not is_number or terminated is None or truncated is None:
+            found = f"pays {reward} at step {self.steps} of a game, which is over: {terminated}, {truncated}"
+            raise SystemExit(f"error: {self.spec.id} {found}; expected a finite number and True or False")
         return self.fit(obs), reward, terminated, truncated, {}
 
 
@@ -623,8 +625,9 @@ def read_flags(cls, description, words=None):
     for name in given:
         flag = f"--{name.replace('_', '-')}"
         if given.count(name) > 1:
-            raise SystemExit(f"error: {flag} is given twice; give it once, with all its values after it")
-        if flags.get(name) in ("", ()) or isinstance(flags.get(name), tuple) and "" in flags[name]:
+            raise SystemExit(f"error: {flag} is given twice; give it once, all values of a list after it")
+        value = flags.get(name, 0)
+        if value in (None, "", ()) or isinstance(value, tuple) and "" in value:
             raise SystemExit(f"error: {flag} is given without a value; give one, or drop the flag")
     for name, value in flags.items():
         if isinstance(value, str):
@@ -646,7 +649,7 @@ def check_numbers(args, may_be_zero):
         highest = largest.get(name, sys.float_info.max)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and not lowest <= value <= highest:
-            expected = f"{lowest} to {highest}" if name in largest else f"{lowest} or more"
+            expected = f"{lowest} to {highest}" if name in largest else f"{lowest} or more, and finite"
             raise SystemExit(f"error: --{name.replace('_', '-')} is {value}, expected {expected}")
     if args.resume and not args.run_dir:
         runs = glob.glob(f"runs/*__{file_name(args.exp_name)}__*")
@@ -714,7 +717,7 @@ def whole_file(path):
         error.add_note(f"{path} could not be written; it is as it was before")
         raise
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.remove(temporary)
 
 
@@ -757,18 +760,20 @@ def read_dataset(path, is_answered=False):
     line if the file is missing, damaged or something else (docs/finetune.md, "Datasets").
     """
     data = load_file(path)
-    types = {"action": "integral", "reward": "real floating", "acted": "bool", "end": "integral"}  # of arrays [R]
-    types |= {"policy": "real floating", "value": "real floating"} if is_answered else {}
-    names = {"env_id", "frames", "chunk_ends", *types} | ({"score"} if is_answered else set())
+    R = np.size(data.get("action", []))  # rows
+    kinds = {"action": "iu", "reward": "iuf", "acted": "b", "end": "iu"}  # NumPy's letters
+    kinds |= {"policy": "f", "value": "f"} if is_answered else {}
+    shapes = dict.fromkeys(kinds, (R,)) | {"policy": (R, 18), "chunk_ends": (-(-R // 8),), "env_id": ()}
+    names = {"env_id", "frames", "chunk_ends", *kinds} | ({"score"} if is_answered else set())
     if not names <= data.keys():
-        raise SystemExit(f"error: {path} has no {', '.join(sorted(names - data.keys()))}; give a dataset")
-    data = {name: data[name] for name in names} | {"env_id": str(data["env_id"])}
-    R = len(data["action"])
-    if R == 0 or {len(data[name]) for name in types} != {R} or len(data["chunk_ends"]) != -(-R // 8):
-        raise SystemExit(f"error: dataset {path} has not one entry per frame and a chunk for every 8; write it again")
-    for name, kind in types.items():
-        if not np.isdtype(data[name].dtype, kind):
-            raise SystemExit(f"error: dataset {path}: {name} is {data[name].dtype}, expected {kind}; write it again")
+        hint = "run pretrain_teacher.py again" if is_answered else "give a dataset"
+        raise SystemExit(f"error: {path} has no {', '.join(sorted(names - data.keys()))}; {hint}")
+    data = {name: data[name] for name in names}
+    for name, kind in (kinds | {"chunk_ends": "iu", "env_id": "U"}).items():
+        if data[name].dtype.kind not in kind or data[name].shape != shapes[name] or R == 0:
+            found = f"{name} is {data[name].dtype} {data[name].shape}, expected one of {kind} {shapes[name]}"
+            raise SystemExit(f"error: dataset {path}: {found}; write it with save_dataset of finetune.py")
+    data["env_id"] = str(data["env_id"])
     acted, end = data["acted"], data["end"]
     is_last = np.append(False, end[:-1] >= 2)  # [R] the last frame of a game, or of the data
     is_last[-1] = True
@@ -782,8 +787,25 @@ def read_dataset(path, is_answered=False):
     for problem, found in problems.items():
         if found:
             raise SystemExit(f"error: dataset {path}: {problem}; write it with save_dataset of finetune.py")
-    data["checksum"] = hashlib.sha256(b"".join(data[name].tobytes() for name in ("frames", *types))).hexdigest()
+    data["checksum"] = hashlib.sha256(b"".join(data[name].tobytes() for name in ("frames", *kinds))).hexdigest()
     return data
+
+
+def unpack_frames(data):
+    """The frames of a dataset of `read_dataset`, 8 at a time -> their first row, uint8 [8, 96, 96, 3]. The last may be
+    fewer. Exits with one line if they were packed otherwise."""
+    decompressor = zstandard.ZstdDecompressor()
+    packed = data["frames"].tobytes()
+    R = len(data["action"])
+    start = 0
+    for first, stop in zip(range(0, R, 8), data["chunk_ends"].tolist(), strict=True):
+        try:
+            chunk = np.frombuffer(decompressor.decompress(packed[start:stop]), np.uint8)
+            yield first, chunk.reshape(min(8, R - first), 96, 96, 3)
+        except (zstandard.ZstdError, ValueError) as error:
+            found = f"error: the frames of the dataset of {data['env_id']} are not zstd chunks of 8 ({error})"
+            raise SystemExit(f"{found}; write it with save_dataset of finetune.py") from None
+        start = stop
 
 
 def save_model(path, net, **info):
@@ -793,7 +815,7 @@ def save_model(path, net, **info):
 
 
 def load_model(path, device="cpu"):
-    """Reads what `save_model` wrote -> (net in eval mode on `device`, the rest of the dict).
+    """Reads what `save_model` wrote -> (net in eval mode on `device`, the rest of the dict, `checksum` of the weights).
 
     Exits with one line if this file's networks are not those that the weights were written with.
     """
@@ -802,12 +824,13 @@ def load_model(path, device="cpu"):
     known = {name: value for name, value in config.items() if name in asdict(ModelConfig())}
     net = EfficientZeroNet(ModelConfig(**known)).to(device)
     expected = asdict(net.config) | {name: tensor.shape for name, tensor in net.state_dict().items()}
-    found = config | {name: tensor.shape for name, tensor in weights.items()}
+    found = asdict(ModelConfig()) | config | {name: tensor.shape for name, tensor in weights.items()}
     differ = [name for name in expected | found if expected.get(name) != found.get(name)]
     if differ:
         names = ", ".join(differ[:3]) + ", ..." * (len(differ) > 3)
         raise SystemExit(f"error: {path} does not fit model.py: {names} differ; use the model.py that wrote it")
     net.load_state_dict(weights)
+    content["checksum"] = hashlib.sha256(b"".join(x.numpy().tobytes() for x in weights.values())).hexdigest()
     return net.eval(), content
 
 
@@ -821,13 +844,15 @@ def command(script, *words):
     return shlex.join([sys.orig_argv[0], os.path.join(os.path.dirname(sys.argv[0]), script), *words])
 
 
-def check_writable(flag, folder):
-    """Makes a folder. Exits with one line if nothing can be written there."""
+def check_writable(flag, path):
+    """Exits with one line if no file of the name `path` can be written. Leaves nothing behind."""
+    folder, name = os.path.split(os.path.abspath(path))
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
     try:
-        os.makedirs(folder or ".", exist_ok=True)
-        tempfile.TemporaryFile(dir=folder or ".").close()
+        tempfile.NamedTemporaryFile(dir=folder, prefix=name).close()
     except OSError as error:
-        raise SystemExit(f"error: {flag} {folder}: {error.strerror}; choose another folder") from None
+        raise SystemExit(f"error: {flag} {path}: {error.strerror}; choose another one") from None
 
 
 def open_run(args, cls, config, run_dir, may_change):
@@ -837,7 +862,8 @@ def open_run(args, cls, config, run_dir, may_change):
     may_change: the flags that --resume may be given with other values. From here on Ctrl-C ends the process at once, as
     any kill does, and says how to go on. Exits with one line if the folder is not fit for this run.
     """
-    check_writable("--run-dir", run_dir)
+    check_writable("--run-dir", f"{run_dir}/checkpoint.pt")
+    os.makedirs(run_dir, exist_ok=True)
     if os.listdir(run_dir) and not args.resume:
         hint = "continue the run in it with --resume, or choose another folder"
         raise SystemExit(f"error: --run-dir {run_dir} is not empty; {hint}")
@@ -858,7 +884,8 @@ def open_run(args, cls, config, run_dir, may_change):
     missing += [] if args.run_dir else ["--run-dir", run_dir]
 
     def stop(*_):
-        print(f"\nstopped. Go on with: {shlex.join([*sys.orig_argv, *missing])}", file=sys.stderr, flush=True)
+        words = [word for word in sys.orig_argv if word not in ("--no-resume", "--no_resume")]
+        print(f"\nstopped. Go on with: {shlex.join([*words, *missing])}", file=sys.stderr, flush=True)
         os._exit(130)
 
     signal.signal(signal.SIGINT, stop)
@@ -869,9 +896,14 @@ def compare_runs(path, checkpoint, args, cls, config, may_change):
     """Exits with one line if a checkpoint is of a run with other flags or another network. A flag that it lacks counts
     as having had its default."""
     now = vars(args) | asdict(config)
-    defaults = vars(read_flags(cls, "", [])) | asdict(ModelConfig())
-    before = defaults | checkpoint["args"] | checkpoint.get("config", {})
-    for name in before.keys() - may_change:
+    defaults = asdict(ModelConfig())
+    for x in fields(cls):
+        default = x.default if x.default_factory is MISSING else x.default_factory()
+        defaults |= vars(default) if is_dataclass(default) else {x.name: default}
+    before = defaults | checkpoint["args"] | checkpoint.get("config", asdict(config))
+    for name in before:
+        if name in may_change:
+            continue
         flag = f"--{name.replace('_', '-')}" if name in checkpoint["args"] | vars(args) else f"{name} of the network"
         if name not in now:
             raise SystemExit(f"error: {path} has {flag}, which this script does not know; use the one that wrote it")

@@ -400,7 +400,7 @@ class UnseededLater(Own):
 def test_a_game_that_does_not_follow_its_seed_is_told_at_the_start(cls, warned, capsys):
     name = register(cls)
     start_games(name, Replay(2), np.arange(2), seed=1)
-    assert (f"warning: {name} is another game each time" in capsys.readouterr().out) == warned
+    assert (f"warning: {name} is not fixed by its seed" in capsys.readouterr().out) == warned
 
 
 def test_a_long_video_leaves_frames_out_but_not_the_last(tmp_path):

@@ -338,16 +338,30 @@ def test_a_search_that_cannot_be_kept_on_disk_is_compiled_all_the_same(monkeypat
         return lambda function: function
 
     monkeypatch.setattr(mcts, "njit", njit)
+    monkeypatch.setattr(mcts, "compiled", njit())
     with pytest.warns(UserWarning, match="NUMBA_CACHE_DIR"):
         assert mcts.cached(max) is max
 
-    def step(*args):
-        calls.append(args)
-        if len(calls) == 1:
-            raise OSError(28, "No space left on device")  # of numba, which has compiled it
 
-    calls = []
-    monkeypatch.setattr(mcts, "step", step)
-    with pytest.warns(UserWarning, match="No space left"):
-        mcts.run_step("tree", 1, "outputs", True, False)
-    assert calls == 2 * [("tree", 1, "outputs", True, False)]
+@pytest.mark.parametrize("content", [b"", b"junk"])
+def test_a_search_whose_file_on_disk_is_damaged_is_compiled_again(tmp_path, content):
+    """As a crash or a full disk leaves it. Two processes of their own: numba looks at its cache once in each."""
+    code = "import mcts, numpy as np\n"
+    code += "tree = mcts.make_tree(np.ones((1, 2), 'f4') / 2, np.ones((1, 2), bool), 1, discount=1.0)\n"
+    code += "mcts.run_step(tree, -1, np.zeros((1, 4), 'f4'), False, True)\nprint(tree.leaf.tolist())"
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    said = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=Path(mcts.__file__).parent,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        said.append(done)
+        for path in tmp_path.rglob("*.nb?"):
+            path.write_bytes(content)
+    assert said[0].stdout == said[1].stdout != "" and "UserWarning" not in said[0].stderr
+    assert "the compiled search cannot be kept or read" in said[1].stderr

@@ -214,12 +214,20 @@ class ForkedFlags(Flags):
     coefficient: float = 0.5
 
 
+@dataclass
+class NeedsMore:
+    seed: int
+    resume: bool = True
+    run_dir: str | None = "fork"
+
+
 @pytest.mark.parametrize(
     "cls, words, network, error",
     [
         (ForkedFlags, "", {}, None),
         (ForkedFlags, "--coefficient 0.6", {}, "--coefficient is 0.6, but fork/checkpoint.pt has 0.5"),
-        (ForkedFlags, "--seed 2", {}, "--seed is 2, but fork/checkpoint.pt has 1"),
+        (NeedsMore, "--seed 1", {}, None),
+        (ForkedFlags, "--seed 2 --coefficient 0.6", {}, "--seed is 2, but fork/checkpoint.pt has 1"),
         (Flags, "", {"activation": "GELU"}, "activation of the network is GELU, but fork/checkpoint.pt has ReLU"),
     ],
 )
@@ -235,6 +243,14 @@ def test_a_fork_goes_on_with_a_run_that_did_what_it_does(tmp_path, monkeypatch, 
     signal.signal(signal.SIGINT, handler)
 
 
+def test_a_checkpoint_from_before_it_had_a_config_goes_on(work):
+    path = str(work / "student" / "checkpoint.pt")
+    content = model.load_file(path)
+    del content["config"]
+    torch.save(content, path)
+    assert run(work, COMMANDS["student"]) is None
+
+
 def test_a_run_of_another_script_is_not_gone_on_with(work):
     command = COMMANDS["student"].replace("--run-dir student", "--run-dir teacher")
     assert "teacher/checkpoint.pt has --" in run(work, command)
@@ -245,8 +261,34 @@ def test_a_finished_run_can_be_asked_again_for_its_data(toy, work):
     run_alone(work, again)
     run_alone(work, again)
     assert plain(model.load_file(f"{work}/again/data.npz")) == plain(model.load_file(f"{toy[0]}/scratch/data.npz"))
-    other = with_flags(COMMANDS["scratch"], "--save-dataset scratch2/data.npz")
-    assert "--save-dataset scratch2/data.npz has other data" in run(work, other)
+    for name in ("scratch2/data.npz", "alike.npz"):
+        arrays = dict(np.load(work / "scratch" / "data.npz"))
+        np.savez(work / "alike.npz", **arrays | {"env_id": "toy_env:Catch-v1"})  # of the same random actions
+        shutil.copytree(work / "scratch", work / f"for {name}")  # this process keeps the locks that it has taken
+        other = with_flags(COMMANDS["scratch"], f"--save-dataset {name} --run-dir 'for {name}'")
+        assert f"--save-dataset {name} has other data" in run(work, other)
+
+
+def test_a_dataset_that_is_there_is_refused_before_the_run_and_may_lie_in_its_folder(work):
+    command = with_flags(COMMANDS["scratch"], "--run-dir new")
+    assert "--save-dataset scratch/data.npz has other data" in run(work, command)
+    assert run(work, with_flags(command, "--save-dataset new2/data/own.npz --run-dir new2")) is None
+    assert (work / "new2/data/own.npz").exists()
+
+
+def test_the_student_of_a_resumed_run_is_the_one_that_it_started_from(work):
+    content = torch.load(work / "student" / "model.pt")
+    next(iter(content["model"].values())).add_(1)
+    (work / "other").mkdir()
+    torch.save(content, work / "other" / "model.pt")
+    shutil.move(work / "student", work / "moved")
+    without = COMMANDS["xtra"].replace("--pretrained student", "--teachers teacher teacher2")
+    wrong = [with_flags(COMMANDS["xtra"], "--pretrained other"), without]
+    for command, folder in zip(wrong, ("xtra2", "xtra3"), strict=True):
+        shutil.copytree(work / "xtra", work / folder)  # this process keeps the locks that it has taken
+        said = run(work, with_flags(command, f"--run-dir {folder}"))
+        assert said == "error: --pretrained is not the network that the run started from; give the same"
+    assert run(work, with_flags(COMMANDS["xtra"], "--pretrained moved")) is None
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
