@@ -25,8 +25,9 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmark")]
 import toy_env  # noqa: E402, F401  (importing it registers the games)
+from speed import override  # noqa: E402
 
 import finetune  # noqa: E402
 import mcts  # noqa: E402
@@ -67,17 +68,6 @@ def play(game, choose, episodes=400):
 def best_actions(env):
     """Which of the 18 actions are best in the state of a game: bool [A]."""
     return np.isin(np.arange(18), env.best_actions())
-
-
-def override(words):
-    """The last of each flag: where one comes twice, the scripts refuse to choose."""
-    flags = {}
-    for word in words:
-        if word.startswith("--"):
-            name = word.split("=")[0]
-            flags[name] = []
-        flags[name].append(word)
-    return [word for flag in flags.values() for word in flag]
 
 
 def run(args, game, seed):

@@ -80,13 +80,13 @@ def read_run(folder):
     if not os.path.isfile(path):
         raise SystemExit(f"error: {folder} holds no evaluations.csv; expected a run folder of the three scripts")
     returns = defaultdict(list)
-    with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets put a byte order mark before it
-        for row in csv.DictReader(file):
-            try:
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets put a byte order mark before it
+            for row in csv.DictReader(file):
                 place = finetune.short_name(row["env_id"]), int(row["env_steps"]), int(row["updates"])
                 returns[place].append(float(row["return"]))
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise SystemExit(f"error: {path} is not as the scripts write it ({error!r}); restore it") from None
+    except (AttributeError, KeyError, TypeError, ValueError, csv.Error) as error:
+        raise SystemExit(f"error: {path} is not as the scripts write it ({error!r}); restore it") from None
     if not returns:
         raise SystemExit(f"error: {path} has no evaluation; leave this run out")
     curves = defaultdict(list)
@@ -221,6 +221,7 @@ def draw(runs, game, random, perfect, threshold, output):
             axes.legend(fontsize="small")
         elif not axes.lines:
             axes.text(0.5, 0.5, "not logged by these runs", transform=axes.transAxes, ha="center")
+    os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
     figure.savefig(output, dpi=110)
     plt.close(figure)
 
@@ -231,9 +232,15 @@ if __name__ == "__main__":
         raise SystemExit(f"error: --output is {args.output}, expected a name that ends in .png, .svg or .pdf")
     if not args.runs:
         raise SystemExit("error: no run folders; give some, as in python benchmark/report.py runs/*")
-    model.check_writable("--output", os.path.dirname(args.output))
-    runs = [read_run(folder) for folder in {os.path.realpath(x): x for x in args.runs}.values()]  # each counts once
+    model.check_writable("--output", args.output)
+    folders = [*{os.path.realpath(folder): folder for folder in args.runs}.values()]  # each counts once
+    runs = [read_run(folder) for folder in folders]
     name_what_differs(runs)
+    told = {}  # one run of each method, games and seed
+    for folder, run in zip(folders, runs, strict=True):
+        other = told.setdefault((run.method, *run.curves, run.flags["seed"]), folder)
+        if other != folder:
+            print(f"warning: {other} and {folder} have the same flags and seed; they count as two", file=sys.stderr)
     env_ids = {game: env_id for run in runs for game, env_id in run.env_ids.items()}
     shown = dict.fromkeys(game for run in runs for game in run.curves)
     game = args.game or next(iter(runs[-1].curves))

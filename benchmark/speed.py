@@ -170,12 +170,12 @@ def measure(name, flags, plan):
 # --- in the parent ---
 def override(words):
     """The last of each flag: where one comes twice, the scripts refuse to choose."""
-    flags = {}
+    flags, name = {}, None
     for word in words:
         if word.startswith("--"):
-            name = word.split("=")[0]
+            name = word.split("=")[0][2:].replace("-", "_").removeprefix("no_")
             flags[name] = []
-        flags[name].append(word)
+        flags.setdefault(name, []).append(word)
     return [word for flag in flags.values() for word in flag]
 
 

@@ -1,7 +1,10 @@
 """benchmark/report.py: its table on runs whose numbers are known, and its answers to wrong input."""
 
+import contextlib
 import csv
+import io
 import shlex
+import shutil
 
 import pytest
 from PIL import Image
@@ -26,16 +29,16 @@ def report(tmp_path, capsys):
     return report
 
 
-def make_run(folder, better=0, returns=RETURNS, scalars=True, **flags):
+def make_run(folder, better=0, returns=RETURNS, scalars=True, module="toy_env", **flags):
     """A run folder of finetune.py on Storm, whose returns are those of RETURNS and `better`."""
     folder.mkdir()
     with open(folder / "evaluations.csv", "w") as file:
         rows = csv.writer(file)
         rows.writerow(["env_steps", "updates", "episode", "return", "length", "env_id"])
         for steps, scores in returns.items():
-            rows.writerows([steps, steps, i, x + better, 16, "toy_env:Storm-v0"] for i, x in enumerate(scores))
+            rows.writerows([steps, steps, i, x + better, 16, f"{module}:Storm-v0"] for i, x in enumerate(scores))
     net = EfficientZeroNet(ModelConfig.of_width(2, 1))
-    save_model(str(folder / "model.pt"), net, args=FLAGS | flags, env_ids=["toy_env:Storm-v0", "toy_env:Fruit-v0"])
+    save_model(str(folder / "model.pt"), net, args=FLAGS | flags, env_ids=[f"{module}:Storm-v0", f"{module}:Fruit-v0"])
     if scalars:
         writer = SummaryWriter(folder)
         writer.add_scalar("transfer/task_weight/Fruit-v0", 0.5, 50)
@@ -96,3 +99,41 @@ def test_wrong_input_is_answered_in_one_line(tmp_path, report, words, expected):
     make_run(tmp_path / "run")
     error, out = report(*words)
     assert error.startswith(expected) and "\n" not in error
+
+
+def test_what_a_spreadsheet_saves_is_read(tmp_path, report):
+    make_run(tmp_path / "a")
+    path = tmp_path / "a" / "evaluations.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    error, out = report("a", "a/", "a/../a")
+    assert error is None and out.split("EfficientZero")[1].split()[:2] == ["1", "1.0"]  # one seed, not three
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("x", "is not as the scripts"),
+        ("\n1,2", "is not as the"),
+        ("utf-16", "is not as"),
+        ("none", "has no evaluation"),
+    ],
+)
+def test_evaluations_that_are_something_else_are_refused(tmp_path, report, content, words):
+    make_run(tmp_path / "a")
+    path = tmp_path / "a" / "evaluations.csv"
+    text = path.read_text()
+    if content == "utf-16":
+        path.write_text(text, encoding="utf-16")
+    else:
+        path.write_text(text.splitlines()[0] if content == "none" else text + content)
+    assert f"error: a/evaluations.csv {words}" in report("a")[0]
+
+
+def test_a_copy_of_a_run_is_told_and_random_play_is_left_out_of_a_game_that_is_not_at_hand(tmp_path, report):
+    make_run(tmp_path / "a", module="nowhere")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        error, out = report("a", "b")
+    assert error is None and out.split("EfficientZero")[1].split()[:2] == ["2", "1.0"]
+    assert "a and b have the same flags and seed" in said.getvalue()
+    assert "Storm-v0: random play is left out" in said.getvalue()
