@@ -862,8 +862,11 @@ def open_run(args, cls, config, run_dir, may_change):
     may_change: the flags that --resume may be given with other values. From here on Ctrl-C ends the process at once, as
     any kill does, and says how to go on. Exits with one line if the folder is not fit for this run.
     """
-    check_writable("--run-dir", f"{run_dir}/checkpoint.pt")
-    os.makedirs(run_dir, exist_ok=True)
+    try:
+        os.makedirs(run_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=run_dir).close()
+    except OSError as error:
+        raise SystemExit(f"error: --run-dir {run_dir}: {error.strerror}; choose another folder") from None
     if os.listdir(run_dir) and not args.resume:
         hint = "continue the run in it with --resume, or choose another folder"
         raise SystemExit(f"error: --run-dir {run_dir} is not empty; {hint}")
@@ -880,12 +883,11 @@ def open_run(args, cls, config, run_dir, may_change):
     if checkpoint:
         compare_runs(path, checkpoint, args, cls, config, may_change)
 
-    missing = [] if args.resume else ["--resume"]
-    missing += [] if args.run_dir else ["--run-dir", run_dir]
+    words = [word for word in sys.orig_argv if word not in ("--resume", "--no-resume", "--no_resume")] + ["--resume"]
+    words += [] if args.run_dir else ["--run-dir", run_dir]
 
     def stop(*_):
-        words = [word for word in sys.orig_argv if word not in ("--no-resume", "--no_resume")]
-        print(f"\nstopped. Go on with: {shlex.join([*words, *missing])}", file=sys.stderr, flush=True)
+        print(f"\nstopped. Go on with: {shlex.join(words)}", file=sys.stderr, flush=True)
         os._exit(130)
 
     signal.signal(signal.SIGINT, stop)
@@ -901,9 +903,7 @@ def compare_runs(path, checkpoint, args, cls, config, may_change):
         default = x.default if x.default_factory is MISSING else x.default_factory()
         defaults |= vars(default) if is_dataclass(default) else {x.name: default}
     before = defaults | checkpoint["args"] | checkpoint.get("config", asdict(config))
-    for name in before:
-        if name in may_change:
-            continue
+    for name in [name for name in before if name not in may_change]:
         flag = f"--{name.replace('_', '-')}" if name in checkpoint["args"] | vars(args) else f"{name} of the network"
         if name not in now:
             raise SystemExit(f"error: {path} has {flag}, which this script does not know; use the one that wrote it")

@@ -228,7 +228,7 @@ def draw(runs, game, random, perfect, threshold, output):
 
 if __name__ == "__main__":
     args = model.read_flags(Args, __doc__)
-    if not args.output.endswith((".png", ".svg", ".pdf")):
+    if not args.output.endswith((".png", ".svg", ".pdf")) or os.path.isdir(args.output):
         raise SystemExit(f"error: --output is {args.output}, expected a name that ends in .png, .svg or .pdf")
     if not args.runs:
         raise SystemExit("error: no run folders; give some, as in python benchmark/report.py runs/*")

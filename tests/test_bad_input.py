@@ -117,8 +117,9 @@ def work(made, tmp_path, monkeypatch):
         ("finetune.py", "--save-dataset new/data", "--save-dataset is new/data, expected the name of a new .npz"),
         # run folders
         ("pretrain_teacher.py", "--run-dir student", "--run-dir student is not empty; continue the run in it with"),
-        ("distill.py", "--run-dir data1.npz", "--run-dir data1.npz/checkpoint.pt: Not a directory; choose another"),
-        ("finetune.py", "--run-dir data1.npz/run", "--run-dir data1.npz/run/checkpoint.pt: Not a directory; choose"),
+        ("distill.py", "--run-dir data1.npz", "--run-dir data1.npz: File exists; choose another folder"),
+        ("finetune.py", "--run-dir data1.npz/run", "--run-dir data1.npz/run: Not a directory; choose another folder"),
+        ("finetune.py", f"--run-dir {300 * 'a'}", "File name too long; choose another folder"),
         ("finetune.py", "--resume", "it is to continue; perhaps one that is not in runs/"),
         ("finetune.py", "--resume --exp-name a", "--resume needs the --run-dir that it is to continue; perhaps"),
         # numbers
