@@ -72,8 +72,9 @@ def check(game, steps, num_envs, monkeypatch):
     emulators = [Emulator(env_id, 7 + e) for e in range(num_envs)]
     for e, emulator in enumerate(emulators):
         emulator.restart(int(envs.info["episode_frame_number"][e]))
-    legal = np.flatnonzero(legal_actions(env_id))
-    assert set(legal) == {action.value for action in emulators[0].getMinimalActionSet()}
+    legal = np.sort([action.value for action in emulators[0].getMinimalActionSet()])
+    if steps > 100:  # takes as long as 40 steps
+        assert np.flatnonzero(legal_actions(env_id)).tolist() == legal.tolist()
     rng, age, games = np.random.default_rng(0), [0] * num_envs, 0
     for t in range(steps):
         action = rng.choice(legal, num_envs)
