@@ -828,7 +828,7 @@ TRANSFERRED = {
 
 
 def load_networks(args):
-    """The network to start from -> (net on the CPU, what else `load_model` found of it).
+    """The network to start from -> (net on the CPU, what else `load_model` found, `checksum`).
 
     --pretrained loads all of it, or with --transfer hg only h and g, with h only h; the rest starts at random.
     """
@@ -849,6 +849,8 @@ def load_networks(args):
     if args.cross_task and args.total_timesteps and not (args.teachers or info.get("teacher_folders")):
         hint = "give a student of distill.py, or --teachers or --no-cross-task"
         raise SystemExit(f"error: --pretrained {args.pretrained} names no teachers; {hint}")
+    weights = b"".join(x.numpy().tobytes() for x in pretrained.state_dict().values())
+    info["checksum"] = hashlib.sha256(weights).hexdigest()
     net = model.EfficientZeroNet(replace(pretrained.config, action_gain=args.action_gain))
     for part in TRANSFERRED[args.transfer]:
         getattr(net, part).load_state_dict(getattr(pretrained, part).state_dict())

@@ -510,8 +510,7 @@ class Checked(gym.Wrapper):
         is_image = len(shape) == 2 or self.channels_first or len(shape) == 3 and shape[2] in (1, 3)
         self.is_converted = env.observation_space.dtype == np.uint8 and is_image and shape != (96, 96, 3)
         if self.is_converted:
-            made = f"its images {shape} are made (96, 96, 3); the last four are stacked, as for Atari"
-            print_once(f"{env.spec.id}: {made}")
+            print_once(f"{env.spec.id}: images {shape} are made (96, 96, 3); the last four are stacked, as for Atari")
             self.observation_space = gym.spaces.Box(0, 255, (96, 96, 3), np.uint8)
 
     def fit(self, obs):
@@ -815,9 +814,9 @@ def save_model(path, net, **info):
 
 
 def load_model(path, device="cpu"):
-    """Reads what `save_model` wrote -> (net in eval mode on `device`, the rest of the dict, `checksum` of the weights).
+    """Reads what `save_model` wrote -> (net in eval mode on `device`, the rest of the dict).
 
-    Exits with one line if this file's networks are not those that the weights were written with.
+    Exits with one line if model.py's networks are not those of the weights. What the config lacks had its default.
     """
     content = load_file(path)
     weights, config = content.pop("model", {}), content.pop("config", {})
@@ -830,7 +829,6 @@ def load_model(path, device="cpu"):
         names = ", ".join(differ[:3]) + ", ..." * (len(differ) > 3)
         raise SystemExit(f"error: {path} does not fit model.py: {names} differ; use the model.py that wrote it")
     net.load_state_dict(weights)
-    content["checksum"] = hashlib.sha256(b"".join(x.numpy().tobytes() for x in weights.values())).hexdigest()
     return net.eval(), content
 
 

@@ -245,7 +245,7 @@ def test_other_images_are_resized_and_get_three_channels(image, capsys):
         assert obs.shape == (2, 96, 96, 3) and obs.dtype == np.uint8
         assert (obs[:, :, :40] == 0).all() and (obs[:, :, 56:] == 200).all()  # the edge between is smoothed
     said = capsys.readouterr().out  # once for all copies
-    assert said.count("\n") == 1 and f"its images {image.shape} are made (96, 96, 3)" in said
+    assert said.count("\n") == 1 and f": images {image.shape} are made (96, 96, 3)" in said
 
 
 def test_an_image_that_fits_is_left_alone():

@@ -325,6 +325,7 @@ def test_a_game_that_does_not_replay_is_an_error(work):
 def test_numbers_that_are_not_finite_end_the_run_before_they_are_saved(work, name):
     length, cycle = ("total-timesteps", "num-envs") if name == "scratch" else ("num-updates", "cycle")
     flags = f"--learning-rate 1e25 --{length} 100 --{cycle} 1 --checkpoint-every 1 --run-dir new"
+    flags += " --save-dataset new/data.npz" if name == "scratch" else ""
     refused = run(work, with_flags(COMMANDS[name], flags))
     assert refused.startswith("error: the loss is not finite at update 2; try a lower")
     checkpoint = model.load_file(str(work / "new" / "checkpoint.pt"))
