@@ -153,8 +153,8 @@ def check_args(args):
         raise SystemExit("error: --num-simulations 0 only evaluates; training searches, give 1 or more")
     if args.similarity_updates >= args.similarity_interval:
         raise SystemExit("error: --similarity-updates must be less than --similarity-interval; lower it")
-    if args.teachers and not args.cross_task:
-        raise SystemExit("error: --teachers are not used with --no-cross-task; leave one of the two out")
+    if args.teachers and not (args.cross_task and args.total_timesteps):
+        raise SystemExit("error: --teachers are not used with --no-cross-task or --total-timesteps 0; leave them out")
     if (args.freeze_representation or args.transfer != "hgf") and not args.pretrained:
         raise SystemExit("error: --freeze-representation and --transfer need --pretrained; give its folder")
     exists = os.path.exists(args.save_dataset or "")
@@ -890,11 +890,11 @@ if __name__ == "__main__":
 
     # networks and data: rows of the offline games, then a stream of rows for each environment
     legal = legal_actions(args.env_id)  # [A]
-    net, info = load_networks(args)
-    student = info.get("checksum")  # None: the network starts at random
+    net, origin = load_networks(args)
+    student = origin.get("checksum")  # None: the network starts at random
     args.channels, args.blocks = net.config.channels, net.config.blocks
     device = choose_device(args, total_updates)
-    datasets = read_teachers(args, info.get("teacher_folders", {}))
+    datasets = read_teachers(args, origin.get("teacher_folders", {}))
     checksums = [data["checksum"] for data in datasets]
     env_ids = [data["env_id"] for data in datasets]
     if args.env_id in env_ids:

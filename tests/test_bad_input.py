@@ -144,6 +144,7 @@ def work(made, tmp_path, monkeypatch):
         ("finetune.py", "--num-simulations 0", "--num-simulations 0 only evaluates"),
         ("finetune.py", "--similarity-updates 5 --similarity-interval 5", "--similarity-updates must be less than"),
         ("finetune.py", "--teachers teacher1 --no-cross-task", "--teachers are not used with --no-cross-task"),
+        ("finetune.py", "--teachers teacher1 --total-timesteps 0", "--teachers are not used with"),
         ("finetune.py", "--total-timesteps 8000000000", "the frames take 221184.0 GB, but"),
     ],
 )
