@@ -94,7 +94,7 @@ class Args:
     batch_size: int = 256  # samples per update, shared evenly among the teachers
     channels: int = 64  # channels of the latent; LSTM and projector scale with them
     blocks: int = 4  # residual blocks per group of the representation network h (1: EfficientZero; 4: -L and XTRA)
-    num_simulations: int = 50  # simulations of a search in evaluations; behaviour cloning uses none, as 0 does
+    num_simulations: int = 50  # simulations of a search (evaluation only); 0, and behaviour cloning: the policy alone
     c_init: float = 1.25  # weight of the prior against the values in a search
     training: Training = field(default_factory=Training)
     targets: Targets = field(default_factory=Targets)

@@ -452,7 +452,7 @@ def play_step(play, replay, action, env_steps, priority=1.0):
     replay.age[rows + 1] = np.where(play.over | (end == LIFE_LOST), 0, replay.age[rows] + 1)
     play.score = np.where(play.over, 0, play.score + reward)
     play.length = np.where(play.over, 0, play.length + 1)
-    play.over = acted & np.isin(end, (GAME_OVER, TIME_LIMIT))
+    play.over = acted & (terminated | truncated)
     play.lives = lives
     play.newest = rows + 1
     for array in (frames, replay.reward[rows], replay.end[rows]):
@@ -828,7 +828,8 @@ TRANSFERRED = {
 
 
 def load_networks(args):
-    """The network to start from -> (net on the CPU, what else `load_model` found, `checksum`).
+    """The network to start from -> (net on the CPU, what `load_model` says of the pretrained one
+    and the `checksum` of its weights).
 
     --pretrained loads all of it, or with --transfer hg only h and g, with h only h; the rest starts at random.
     """
@@ -891,7 +892,7 @@ if __name__ == "__main__":
     # networks and data: rows of the offline games, then a stream of rows for each environment
     legal = legal_actions(args.env_id)  # [A]
     net, origin = load_networks(args)
-    student = origin.get("checksum")  # None: the network starts at random
+    student = origin.get("checksum")  # of the weights to start from; None: at random
     args.channels, args.blocks = net.config.channels, net.config.blocks
     device = choose_device(args, total_updates)
     datasets = read_teachers(args, origin.get("teacher_folders", {}))
