@@ -828,8 +828,7 @@ TRANSFERRED = {
 
 
 def load_networks(args):
-    """The network to start from -> (net on the CPU, what `load_model` says of the pretrained one
-    and the `checksum` of its weights).
+    """The network to start from -> (net on the CPU, dict of `load_model` with the weights' `checksum`).
 
     --pretrained loads all of it, or with --transfer hg only h and g, with h only h; the rest starts at random.
     """

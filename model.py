@@ -771,9 +771,7 @@ def read_dataset(path, is_answered=False):
     for name, kind in (kinds | {"chunk_ends": "iu", "env_id": "U"}).items():
         if data[name].dtype.kind not in kind or data[name].shape != shapes[name] or R == 0:
             found = f"{name} is {data[name].dtype} {data[name].shape}, expected one of {kind} {shapes[name]}"
-            raise SystemExit(
-                f"error: dataset {path}: {found} (NumPy's kinds and shape); write it with save_dataset of finetune.py"
-            )
+            raise SystemExit(f"error: dataset {path}: {found}, NumPy's kinds; use save_dataset of finetune.py")
     data["env_id"] = str(data["env_id"])
     acted, end = data["acted"], data["end"]
     is_last = np.append(False, end[:-1] >= 2)  # [R] the last frame of a game, or of the data
