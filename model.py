@@ -23,10 +23,12 @@ import importlib.util
 import io
 import os
 import pickle
+import platform
 import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -34,6 +36,7 @@ import time
 import zipfile
 import zlib
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import filelock
@@ -808,9 +811,88 @@ def unpack_frames(data):
 
 
 def save_model(path, net, **info):
-    """Writes the weights, the config, and what else is worth knowing (plain values)."""
+    """Writes the weights, the config and what else is worth knowing (plain values). Beside it, for people: model.md."""
+    info["origin"] = code_origin() | {"card": device_name(next(net.parameters()).device)}
     with whole_file(path) as file:
         torch.save({"model": net.state_dict(), "config": asdict(net.config)} | info, file)
+    with whole_file(f"{os.path.splitext(path)[0]}.md") as file:
+        file.write(model_card(info).encode())
+
+
+@functools.cache
+def code_origin():
+    """The commit of the code ("+": and changes; "unknown" without git), the versions, and the command: plain values."""
+    describe = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--exclude=*"]
+    try:
+        said = subprocess.run([*describe, "--dirty=+"], capture_output=True, text=True, check=True)
+        commit = said.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or files that were copied out of a checkout
+        commit = "unknown"
+    versions = {"python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy", "ale-py")}
+    words = [os.path.basename(sys.argv[0]), *(word for word in sys.argv[1:] if word != "--resume")]
+    return {"commit": commit, "versions": versions, "command": shlex.join(["python", *words])}
+
+
+def device_name(device):
+    """The GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if os.path.exists("/proc/cpuinfo"):  # Linux, where `platform` does not know
+        with open("/proc/cpuinfo") as file:
+            found = re.search(r"model name\s*: (.*)", file.read())
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+def model_card(info):
+    """What a model.pt is, for those who are given it: Markdown with the header of a model card of Hugging Face.
+
+    info: what `load_model` returns beside the network; what it lacks is left out.
+    """
+    origin, args, scores = info["origin"], info.get("args", {}), info.get("scores", {})
+    games = info.get("env_ids", list(scores))
+    versions = ", ".join(f"{name} {number}" for name, number in origin["versions"].items())
+    rows = {"command": f"`{origin['command']}`", "commit": origin["commit"], "versions": versions}
+    rows |= {"hardware": origin["card"], "seed": args.get("seed"), "updates": info.get("updates")}
+    rows |= {"environment steps": info.get("env_steps"), "games learned from": ", ".join(games)}
+    rows |= {"sha256 of offline data and answers": ", ".join(info.get("teacher_folders", {}))}
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items() if value not in (None, ""))
+    returns = "".join(f"| {game} | {score:.1f} |\n" for game, score in scores.items())
+    episodes = args.get("eval_episodes", 0)
+    return f"""---
+license: mit
+library_name: pytorch
+tags: [reinforcement-learning, world-model, efficientzero, xtra]
+---
+# {args.get("exp_name", "model")}: {", ".join(scores)}
+
+| | |
+|---|---|
+{table}
+## Scores
+
+| game | mean return |
+|---|---|
+{returns}
+Raw returns of {episodes} games, seeds 0 to {max(0, episodes - 1)}, all lives, no exploration, the most visited action.
+
+## Use
+
+With `model.py` of the commit above; frames are four RGB images, oldest first, `[B, 12, 96, 96]` uint8:
+
+```python
+import torch
+from model import load_model, support_to_scalar
+net, info = load_model("model.pt")
+latent, policy_logits, value_logits = net.initial_inference(torch.zeros(1, 12, 96, 96, dtype=torch.uint8))
+print(info["scores"], policy_logits.softmax(1), support_to_scalar(value_logits))
+```
+
+## Licence
+
+MIT, as the code. The games belong to their owners and are not part of this.
+"""
 
 
 def load_model(path, device="cpu"):

@@ -1,6 +1,8 @@
 """Networks, value transform, augmentation and files, each against numbers written out or a slow version of itself."""
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -244,10 +246,39 @@ def test_a_saved_network_comes_back_in_eval_mode_with_all_that_was_said_of_it(tm
     info = {"args": {"seed": 3, "teachers": ["../a"], "run_dir": None}, "updates": 7, "scores": {"A": -1.5}}
     model.save_model(path, net, **info)
     loaded, found = load_model(path)
+    assert found.pop("origin").keys() == {"commit", "versions", "command", "card"}
     assert found == info and loaded.config == TINY and not loaded.training
     assert loaded.state_dict().keys() == net.state_dict().keys()
     assert equal(loaded.state_dict().values(), net.state_dict().values())
-    assert os.listdir(tmp_path) == ["model.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["model.md", "model.pt"]
+
+
+def test_the_model_card_says_what_it_is_and_how_it_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = {"seed": 3, "exp_name": "xtra", "eval_episodes": 16}
+    origin = {"commit": "abc1234+", "versions": {"torch": "2.13"}, "command": "python finetune.py", "card": "a CPU"}
+    info = {"args": args, "env_ids": ["Krull", "Hero"], "updates": 7, "scores": {"Krull": -1.5}}
+    model.save_model("model.pt", tiny_net(), **info)
+    card = model.model_card(info | {"origin": origin, "teacher_folders": {"0a1b": ["a", "b"]}})
+    rows = ["# xtra: Krull", "| command | `python finetune.py` |", "| commit | abc1234+ |", "| hardware | a CPU |"]
+    rows += ["| versions | torch 2.13 |", "| seed | 3 |", "| updates | 7 |", "| games learned from | Krull, Hero |"]
+    rows += ["| sha256 of offline data and answers | 0a1b |", "| Krull | -1.5 |"]
+    assert set(rows) <= set(card.splitlines()) and "16 games, seeds 0 to 15" in card and "MIT" in card
+    code = (tmp_path / "model.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(code)
+    assert capsys.readouterr().out.startswith("{'Krull': -1.5}") and len(code.splitlines()) == 5
+
+
+def test_the_commit_is_that_of_the_checkout_and_unknown_without_one(tmp_path, monkeypatch):
+    for name in ("init -q", "-c user.name=a -c user.email=a@b commit -q --allow-empty -m first"):
+        subprocess.run(["git", *name.split()], cwd=tmp_path, check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True).stdout.strip()
+    monkeypatch.setattr(model, "__file__", str(tmp_path / "model.py"))
+    monkeypatch.setattr(sys, "argv", ["/x/finetune.py", "--gamma", "1", "--resume"])
+    origin = model.code_origin.__wrapped__()
+    assert head.startswith(origin["commit"]) and origin["command"] == "python finetune.py --gamma 1"
+    monkeypatch.setattr(model, "__file__", "/nowhere/model.py")
+    assert model.code_origin.__wrapped__()["commit"] == "unknown"
 
 
 @pytest.mark.parametrize(

@@ -136,8 +136,9 @@ def left(folder):
         if path.suffix in (".pt", ".npz"):
             content = model.load_file(str(path))
             content.pop("teacher_folders", None)  # absolute paths
+            content.pop("origin", None)  # the command
             found[path.name] = plain(content)
-        elif not path.name.startswith("events."):
+        elif not path.name.startswith("events.") and path.name != "model.md":
             found[path.name] = path.read_bytes()
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     for key in set(events.Tags()["scalars"]) - {"charts/SPS", "charts/updates_per_second"}:
