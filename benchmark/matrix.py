@@ -1,0 +1,517 @@
+"""The paper's experiments: which runs they need, in which order, and a pool or a cluster that does them.
+
+    python benchmark/matrix.py --list                                           # what every table and figure costs
+    python benchmark/matrix.py --experiments table1 --games mazes --seeds 1 2 3 --slots 4
+    python benchmark/matrix.py --experiments figure8 --backend slurm --dry-run
+
+A run is one command of the three scripts, in a folder of its own below runs/<scale>. The same matrix may be started
+again at any time: what is done is skipped, what was interrupted goes on, what failed is tried again. A failed run stops
+only what needs it. Pieces are shared: a game's run from scratch is its baseline and a teacher's data, a teacher serves
+every student, a student every finetuning. `python benchmark/report.py --collect runs/<scale>/*` makes the pages.
+"""
+
+import csv
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import filelock
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from speed import override
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import model  # noqa: E402
+
+# --- the paper's experiments ---
+METHODS = {  # of stage 2, but for "efficientzero": the kind of student it starts from, and its own flags
+    "efficientzero-l": (None, "{large}"),
+    "efficientzero-l-512": (None, "{large} {twice_the_batch}"),
+    "xtra": ("student", ""),
+    "xtra-other": ("other-student", ""),  # of the other category's games
+    "xtra-small": ("small-student", ""),
+    "wo-cross-task": ("student", "--no-cross-task"),
+    "wo-pretraining": ("teachers", "{large}"),  # the student's teachers, for their data and answers
+    "wo-task-weights": ("student", "--no-task-weights"),
+    "frozen-h": ("student", "--freeze-representation"),
+    "transfer-hg": ("student", "--transfer hg"),
+    "transfer-h": ("student", "--transfer h"),
+    "bc": ("cloned", "--total-timesteps 0 --num-simulations 0"),  # zero-shot; XTRA's is the first evaluation of "xtra"
+    "diverse-efficientzero": (None, "{small} {extra}"),
+    "diverse-xtra": ("diverse-student", "{extra}"),
+}
+EXPERIMENTS = {  # the methods of a table or figure; those of stage 1 are the models that Figure 10 compares
+    "table1": ["efficientzero", "efficientzero-l", "xtra", "wo-cross-task", "wo-pretraining", "wo-task-weights", "bc"],
+    "table2": ["diverse-efficientzero", "diverse-xtra"],
+    "figure5": ["xtra"],  # and Figure 9: eta over time, for every target
+    "figure7a": ["efficientzero", "xtra", "xtra-other"],
+    "figure7b": ["efficientzero", "xtra", "frozen-h"],
+    "figure7c": ["efficientzero", "efficientzero-l", "xtra", "xtra-small"],
+    "figure7d": ["efficientzero", "xtra"],
+    "figure8": ["efficientzero", "transfer-h", "transfer-hg", "xtra"],
+    "figure10": ["teacher", "student", "multi-game"],
+    "figure11": ["efficientzero", "efficientzero-l", "efficientzero-l-512", "xtra"],
+}
+EVERY_CATEGORY = {"table1", "figure5"}  # the other figures are of the first: the paper's are of shooters
+
+SHOOTERS = ["Assault", "Carnival", "Centipede", "DemonAttack", "Phoenix"]
+MAZES = ["Alien", "Amidar", "BankHeist", "MsPacman", "WizardOfWor"]
+DIVERSE = ["Carnival", "Centipede", "Phoenix", "Pooyan", "Riverraid", "VideoPinball", "WizardOfWor", "YarsRevenge"]
+TOY_SIZE = """--channels 16 --batch-size 16 --learning-rate 0.04 --num-simulations 16 --unroll-steps 2 --td-steps 3
+    --eval-episodes 16 --checkpoint-every 52"""
+CPU_SIZE = """--channels 16 --batch-size 32 --learning-rate 0.1 --num-simulations 16 --eval-episodes 8
+    --eval-max-frames 20000 --eval-every 1000"""
+SCALES = {  # sizes, games and budgets; what a method is and which runs it needs is the same at each
+    "paper": {
+        "categories": {"shooters": SHOOTERS, "mazes": MAZES},
+        "targets": {"shooters": SHOOTERS, "mazes": MAZES},
+        "diverse": DIVERSE,
+        "diverse_targets": ["Assault", "BattleZone", "Hero", "Krull", "Seaquest"],
+        "env_id": "{}NoFrameskip-v4",
+        "students": 1,  # different students; every seed of stage 2 from the same one
+        "online": "",  # flags of finetune.py
+        "teacher": "",
+        "student": "",
+        "small": "--blocks 1",
+        "large": "--blocks 4",
+        "twice_the_batch": "--batch-size 512",
+        "extra": "--extra-updates 20000",
+        "environment": {},
+    },
+    "small": {  # real Atari within hours on a CPU; too little to learn much
+        "categories": {"shooters": ["DemonAttack", "Phoenix", "Assault"], "mazes": ["Alien", "Amidar", "MsPacman"]},
+        "targets": {"shooters": ["Assault"], "mazes": ["MsPacman"]},
+        "diverse": ["DemonAttack", "Phoenix", "Alien", "Amidar"],
+        "diverse_targets": ["Krull"],
+        "env_id": "{}NoFrameskip-v4",
+        "students": 1,
+        "online": f"""{CPU_SIZE} --total-timesteps 4000 --learning-starts 400 --target-interval 100
+            --offline-batch-size 32 --similarity-start 400 --similarity-interval 400 --similarity-updates 40""",
+        "teacher": f"{CPU_SIZE} --num-updates 4000 --target-interval 100",
+        "student": f"{CPU_SIZE} --num-updates 4000",
+        "small": "--blocks 1",
+        "large": "--blocks 2",
+        "twice_the_batch": "--batch-size 64",
+        "extra": "--extra-updates 800",
+        "environment": {"OMP_NUM_THREADS": "1"},
+    },
+    "toy": {  # games of tests/toy_env.py
+        "categories": {
+            "falling": ["Fruit-v0", "Rocks-v0", "Storm-v0"],
+            "catching": ["Catch-v0", "Catch-v1", "Catch-v3"],
+        },
+        "targets": {"falling": ["Storm-v0"], "catching": ["Catch-v3"]},
+        "diverse": ["Fruit-v0", "Rocks-v0", "Catch-v0", "Catch-v1"],
+        "diverse_targets": ["Storm-v0", "Catch-v3"],
+        "env_id": "toy_env:{}",
+        "students": 5,
+        "online": f"""{TOY_SIZE} --total-timesteps 312 --eval-every 40 --learning-starts 96 --target-interval 48
+            --offline-batch-size 16 --similarity-start 48 --similarity-interval 48 --similarity-updates 16""",
+        "teacher": f"{TOY_SIZE} --num-updates 240 --eval-every 80 --target-interval 48",
+        "student": f"{TOY_SIZE} --num-updates 240 --eval-every 80",
+        "small": "--blocks 1",
+        "large": "--blocks 2",
+        "twice_the_batch": "--batch-size 32",
+        "extra": "--extra-updates 64",
+        # On a GPU each of these runs would compile for a minute.
+        "environment": {"PYTHONPATH": "tests", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    },
+}
+
+
+@dataclass
+class Args:
+    experiments: tuple[Literal[tuple(EXPERIMENTS)], ...] = tuple(EXPERIMENTS)  # tables and figures of the paper
+    games: tuple[str, ...] = ()  # target games or categories; default: the paper's for each experiment
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # of stage 2; also of stage 1, if each seed has a student of its own
+    scale: Literal[tuple(SCALES)] = "paper"  # toy: tests/toy_env.py; small: real Atari, reduced, on a CPU
+    students: int | None = None  # students of seeds 1, 2, ... that the seeds share; default: paper and small 1, toy 5
+    folder: str | None = None  # where the run folders are; default: runs/{scale}
+    list: bool = False  # whether to print all commands with their cost, and do nothing
+    card: str | None = None  # of the prices in --list: H200 or H100 (paper), CPU (small, toy)
+    backend: Literal["local", "slurm"] = "local"  # a pool of processes here, or array jobs of benchmark/slurm.sh
+    slots: int | None = None  # runs at a time, of the local pool; default: one for each GPU, else 1
+    dry_run: bool = False  # whether the slurm backend prints what it would submit, and does nothing
+
+
+# --- from experiments to runs ---
+def add_run(jobs, plan, method, games, seed, words, needs=()):
+    """Adds a run to `jobs`, {name: run}, unless it is there -> its folder. games: what its name says of them."""
+    name = model.file_name(f"{method}__{games}__{seed}")
+    folder = f"{plan.folder}/{name}"
+    words = f"{words} --seed {seed} --exp-name {plan.scale_name}-{method} --run-dir {folder} --resume"
+    words = override(words.format(**vars(plan)).split())  # `method` beats the flags of the scale
+    jobs.setdefault(folder, SimpleNamespace(method=method, folder=folder, words=words, needs=tuple(needs)))
+    return folder
+
+
+def add_scratch(jobs, plan, game, seed):
+    """EfficientZero: the baseline of a game, and what its teacher learns from."""
+    folder = f"{plan.folder}/{model.file_name(f'efficientzero__{game}__{seed}')}"
+    words = f"finetune.py {plan.online} {plan.small} --env-id {plan.env_id.format(game)}"
+    return add_run(jobs, plan, "efficientzero", game, seed, f"{words} --save-dataset {folder}/dataset.npz")
+
+
+def add_teachers(jobs, plan, games, seed, size):
+    """One teacher for each game -> their folders."""
+    prefix = "small-" if size == plan.small else ""
+    folders = []
+    for game in games:
+        source = add_scratch(jobs, plan, game, seed)
+        words = f"pretrain_teacher.py --datasets {source}/dataset.npz {plan.teacher} {size}"
+        folders.append(add_run(jobs, plan, f"{prefix}teacher", game, seed, words, [source]))
+    return folders
+
+
+def add_multi_game(jobs, plan, games, seed, name):
+    """Offline RL on all games at once, without teachers (App. C)."""
+    sources = [add_scratch(jobs, plan, game, seed) for game in games]
+    data = " ".join(f"{source}/dataset.npz" for source in sources)
+    words = f"pretrain_teacher.py --datasets {data} {plan.teacher} {plan.large}"
+    return add_run(jobs, plan, "multi-game", name, seed, words, sources)
+
+
+def add_student(jobs, plan, kind, games, seed, name):
+    """A student of the teachers of `games`. kind: student, diverse-student, small-student, or cloned."""
+    size = plan.small if kind == "small-student" else plan.large
+    teachers = add_teachers(jobs, plan, games, seed, size)
+    words = f"distill.py --teachers {' '.join(teachers)} {plan.student} {size}"
+    words += " --policy-target actions" if kind == "cloned" else ""
+    return add_run(jobs, plan, kind, name, seed, words, teachers)
+
+
+def offline_games(plan, target, kind):
+    """The games that a student for this target has learned, and what the student is called."""
+    if kind == "diverse-student":
+        return plan.diverse, "diverse"
+    category = next(name for name, games in plan.categories.items() if target in games)
+    if kind == "other-student":  # of another category: the student of its last game
+        category = next(name for name in plan.categories if name != category)
+        target = plan.categories[category][-1]
+    return [game for game in plan.categories[category] if game != target], f"{category}-without-{target}"
+
+
+def add_method(jobs, plan, method, game, seed):
+    """A model of the paper for one target game, with all that it needs."""
+    chain = 1 + (seed - 1) % plan.students  # seed of stage 1
+    if method == "efficientzero":
+        return add_scratch(jobs, plan, game, seed)
+    if method in ("teacher", "student", "multi-game"):
+        games, name = offline_games(plan, game, "student")
+        if method == "teacher":
+            return add_teachers(jobs, plan, games, chain, plan.large)
+        if method == "multi-game":
+            return add_multi_game(jobs, plan, games, chain, name)
+        return add_student(jobs, plan, "student", games, chain, name)
+    start, flags = METHODS[method]
+    needs = []
+    if start:
+        games, name = offline_games(plan, game, start)
+        if start == "teachers":
+            needs = add_teachers(jobs, plan, games, chain, plan.large)
+            flags += f" --teachers {' '.join(needs)}"
+        else:
+            kind = "student" if start == "other-student" else start
+            needs = [add_student(jobs, plan, kind, games, chain, name)]
+            flags += f" --pretrained {needs[0]}"
+    words = f"finetune.py {plan.online} --env-id {plan.env_id.format(game)} {flags}"
+    return add_run(jobs, plan, method, game, seed, words, needs)
+
+
+def choose_games(plan, experiment, games):
+    """The targets of an experiment, of those that are wanted; without a wish the paper's."""
+    if experiment == "table2":
+        groups = {"diverse": plan.diverse_targets}
+        default = groups
+    else:
+        groups = plan.targets
+        default = groups if experiment in EVERY_CATEGORY else [*groups][:1]
+    wanted = [game for name in games or default for game in groups.get(name, [name])]
+    return [game for group in groups.values() for game in group if game in wanted]
+
+
+def plan_runs(plan, experiments, games, seeds):
+    """All runs of the experiments, in an order in which each comes after what it needs: {folder: run}."""
+    jobs = {}
+    for seed in seeds:
+        for experiment in experiments:
+            for game in choose_games(plan, experiment, games):
+                for method in EXPERIMENTS[experiment]:
+                    add_method(jobs, plan, method, game, seed)
+    return jobs
+
+
+# --- what runs cost ---
+def read_prices(scale, card):
+    """The rows of benchmark/prices.csv for a scale and card -> {method: hours, how they are known, GB}."""
+    with open(ROOT / "benchmark" / "prices.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["scale"] == scale]
+    cards = list(dict.fromkeys(row["card"] for row in rows))
+    card = card or cards[0]
+    if card not in cards:
+        raise SystemExit(f"error: --card {card} has no prices at --scale {scale}; choose of {', '.join(cards)}")
+    numbers = ("hours", "memory_gb", "disk_gb")
+    return {
+        row["method"]: {"how": row["how"]} | {name: float(row[name]) for name in numbers}
+        for row in rows
+        if row["card"] == card
+    }
+
+
+def shell_line(job, environment):
+    """The command of a run, for a shell in the repository's root."""
+    assignments = [f"{name}={value}" for name, value in environment.items()]
+    return shlex.join(["env", *assignments, "python", *job.words])
+
+
+def print_list(jobs, prices, environment):
+    """Every command with its price, and the sums."""
+    hours = Counter()
+    for job in jobs.values():
+        price = prices[job.method]
+        hours[price["how"]] += price["hours"]
+        state = "  done" if is_done(job, environment) else ""
+        size = f"{price['memory_gb']:.1f} GB, {price['disk_gb']:.2f} GB on the disk"
+        print(f"# {price['hours']:.3g} h ({price['how']}), {size}{state}\n{shell_line(job, environment)}")
+    shares = ", ".join(f"{share:.3g} {how}" for how, share in hours.items())
+    memory = max(prices[job.method]["memory_gb"] for job in jobs.values())
+    disk = sum(prices[job.method]["disk_gb"] for job in jobs.values())
+    print(f"# {len(jobs)} runs, {hours.total():.3g} h ({shares}), at most {memory:.1f} GB, {disk:.1f} GB on the disk")
+
+
+# --- the state of a run ---
+def is_done(job, environment):
+    """Whether the run ended well before. Exits with one line if it did with other flags."""
+    path = ROOT / job.folder / "done"
+    if not path.exists():
+        return False
+    if path.read_text().strip() != shell_line(job, environment):
+        raise SystemExit(f"error: {path} is of a run with other flags; move its folder away, or give another --folder")
+    return True
+
+
+def is_locked(job):
+    """Whether a process works in the run folder: one that a killed matrix.py left behind."""
+    path = ROOT / job.folder / "lock"
+    if not path.exists():
+        return False
+    try:
+        with filelock.FileLock(path, timeout=0, fallback_to_soft=False):
+            return False
+    except filelock.Timeout:
+        return True
+
+
+def progress(job):
+    """Where a run is, as the last bar in its log says: "41%, 00:31 left"."""
+    path = ROOT / job.folder / "log.txt"
+    text = path.read_text(errors="replace")[-4000:] if path.exists() else ""
+    bars = re.findall(r"(\d+%)\|[^|\n]*\|[^\n]*?<([\d:?]+),[^\n]*update", text)
+    return f"{bars[-1][0]}, {bars[-1][1]} left" if bars else ""
+
+
+def last_lines(job, count=3):
+    """The end of a run's log, without bars."""
+    lines = (ROOT / job.folder / "log.txt").read_text(errors="replace").splitlines()
+    return [line for line in lines if line.strip() and "%|" not in line][-count:]
+
+
+# --- a pool of processes on this machine ---
+def start_run(job, environment, gpu):
+    """Starts a run as a process of its own; what it says is appended to its log."""
+    folder = ROOT / job.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    variables = dict(os.environ)
+    variables["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])  # of `python`
+    if gpu is not None:
+        variables["CUDA_VISIBLE_DEVICES"] = gpu
+    job.since = time.time()
+    with open(folder / "log.txt", "a") as log:
+        command = ["bash", "-c", f"exec {shell_line(job, environment)}"]
+        return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=log, stderr=log)
+
+
+def advance(job, jobs, environment, free_slots, gpus):
+    """Takes a run to its next state, if its time has come -> that state, or None.
+
+    free_slots: a list of numbers; slot i computes on GPU i, or on i modulo their number, if there are any.
+    """
+    if job.state == "running":
+        status = job.process.poll()
+        if status is None:
+            return None
+        free_slots.append(job.slot)
+        if status:
+            return "failed"
+        with model.whole_file(ROOT / job.folder / "done") as file:
+            file.write(f"{shell_line(job, environment)}\n".encode())
+        return "done"
+    if job.state not in ("waiting", "elsewhere"):
+        return None
+    needed = {jobs[folder].state for folder in job.needs}
+    if needed & {"failed", "stopped"}:
+        return "stopped"
+    if job.state == "waiting" and (needed - {"done"} or not free_slots):
+        return None
+    if job.state == "waiting":
+        job.slot = free_slots.pop(0)
+    if is_locked(job):
+        return "elsewhere"
+    job.process = start_run(job, environment, gpus[job.slot % len(gpus)] if gpus else None)
+    return "running"
+
+
+def remaining(jobs, prices, slots):
+    """How many runs are in which state, and the hours that the rest takes, at the speed of those that are done."""
+    states = ", ".join(f"{count} {state}" for state, count in Counter(job.state for job in jobs.values()).items())
+    timed = [job for job in jobs.values() if job.hours]
+    slower = sum(job.hours for job in timed) / sum(prices[job.method]["hours"] for job in timed) if timed else 1.0
+    hours = sum(prices[job.method]["hours"] for job in jobs.values() if job.state in ("waiting", "running"))
+    return f"{states}; about {hours * slower / slots:.2f} h left"
+
+
+def under_way(jobs, title):
+    """The runs that have a slot, as a table for the terminal."""
+    table = Table("run", "state", "progress", "minutes", title=title, title_justify="left")
+    for job in jobs.values():
+        if job.state in ("running", "elsewhere"):
+            minutes = f"{(time.time() - job.since) / 60:.1f}"
+            table.add_row(os.path.basename(job.folder), job.state, progress(job), minutes)
+    return table
+
+
+def run_local(jobs, prices, environment, slots, gpus):
+    """Does all runs, `slots` at a time, each as soon as what it needs is done. In a terminal with a live table, in a
+    log with a line for each change. When this process is ended, it ends those that it started."""
+    console = Console(soft_wrap=True, highlight=False)
+    free_slots = list(range(slots))
+    for job in jobs.values():
+        job.state = "done" if is_done(job, environment) else "waiting"
+        job.hours, job.since = 0.0, time.time()
+    try:
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+            while any(job.state in ("waiting", "running", "elsewhere") for job in jobs.values()):
+                for job in jobs.values():
+                    state = advance(job, jobs, environment, free_slots, gpus)
+                    if state in (None, job.state):
+                        continue
+                    job.state = state
+                    if state in ("done", "failed"):
+                        job.hours = (time.time() - job.since) / 3600 if state == "done" else 0.0
+                        state += f" after {(time.time() - job.since) / 60:.1f} min; {remaining(jobs, prices, slots)}"
+                    console.print(f"{time.strftime('%H:%M:%S')} {os.path.basename(job.folder)}: {state}")
+                if console.is_terminal:
+                    live.update(under_way(jobs, remaining(jobs, prices, slots)), refresh=True)
+                time.sleep(1)
+    finally:
+        for job in jobs.values():
+            if job.state == "running":
+                job.process.terminate()
+
+
+# --- a cluster ---
+def queued_runs(path):
+    """The runs that Slurm has not finished yet, of those that were submitted before -> {folder: job id}.
+
+    path: a file with a line "id folder" for each.
+    """
+    if not path.exists():
+        return {}
+    submitted = [line.split() for line in path.read_text().splitlines()]
+    known = subprocess.run(
+        ["squeue", "--noheader", "--array", "--format=%i"], capture_output=True, text=True, check=True
+    )
+    return {folder: job_id for job_id, folder in submitted if job_id in known.stdout.split()}
+
+
+def run_slurm(jobs, folder, environment, dry_run):
+    """Submits what is neither done nor queued: one array for all runs that need the same others."""
+    files = ROOT / folder / "slurm"
+    ids = {} if dry_run else queued_runs(files / "submitted.txt")  # {folder: job id}
+    done = {job.folder for job in jobs.values() if is_done(job, environment)}
+    arrays = defaultdict(list)  # {what they need: runs}
+    for job in jobs.values():
+        if job.folder not in done | ids.keys():
+            arrays[job.needs].append(job)
+    for number, (needs, runs) in enumerate(arrays.items(), start=1):
+        name = f"{os.path.basename(folder)}-{time.strftime('%m%d-%H%M%S')}-{number}"
+        dependency = ":".join(["afterok", *(ids[need] for need in needs if need not in done)])
+        command = ["sbatch", "--parsable", f"--array=1-{len(runs)}", f"--job-name={name}"]
+        command += [f"--output={folder}/slurm/%x-%a.txt"]
+        command += [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"] if dependency != "afterok" else []
+        command += ["benchmark/slurm.sh", f"{folder}/slurm/{name}.txt"]
+        lines = [f"{job.folder}\t{shell_line(job, environment)}" for job in runs]
+        print(shlex.join(command))
+        if dry_run:
+            print(*lines, sep="\n", end="\n\n")
+            array = f"ARRAY{number}"
+        else:
+            files.mkdir(parents=True, exist_ok=True)
+            (files / f"{name}.txt").write_text("\n".join(lines) + "\n")
+            variables = dict(os.environ, PATH=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))
+            said = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+            if said.returncode:
+                raise SystemExit(f"error: sbatch refused {name}: {said.stderr.strip()}")
+            array = said.stdout.strip().split(";")[0]  # on some clusters ";cluster" follows
+        for task, job in enumerate(runs, start=1):
+            ids[job.folder] = f"{array}_{task}"
+        if not dry_run:
+            with open(files / "submitted.txt", "a") as file:
+                file.writelines(f"{ids[job.folder]} {job.folder}\n" for job in runs)
+    print(f"{len(done)} done, {sum(map(len, arrays.values()))} submitted in {len(arrays)} arrays")
+
+
+if __name__ == "__main__":
+    args = model.read_flags(Args, __doc__)
+    scale = SCALES[args.scale]
+    plan = SimpleNamespace(**scale, scale_name=args.scale)
+    plan.students = args.students or plan.students
+    plan.folder = os.path.relpath(args.folder or ROOT / "runs" / args.scale, ROOT)
+    known = {*plan.targets, *sum(plan.targets.values(), []), *plan.diverse_targets}
+    if unknown := set(args.games) - known:
+        choice = ", ".join(sorted(known))
+        raise SystemExit(f"error: --games {' '.join(unknown)} is no target at --scale {args.scale}; choose of {choice}")
+    jobs = plan_runs(plan, args.experiments, args.games, args.seeds)
+    if not jobs:
+        raise SystemExit("error: none of the --experiments has these --games; table2 has others than the rest")
+    prices = read_prices(args.scale, args.card)
+    if args.list:
+        print_list(jobs, prices, plan.environment)
+        sys.exit()
+    if args.backend == "slurm":
+        run_slurm(jobs, plan.folder, plan.environment, args.dry_run)
+        sys.exit()
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    gpus = [gpu for gpu in gpus if gpu]
+    slots = args.slots or max(1, len(gpus))
+    (ROOT / plan.folder).mkdir(parents=True, exist_ok=True)
+    try:
+        lock = filelock.FileLock(ROOT / plan.folder / "matrix.lock", timeout=0, fallback_to_soft=False).acquire()
+    except filelock.Timeout:
+        raise SystemExit(f"error: another matrix.py works in {plan.folder}; wait for it, or end it") from None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended too
+    try:
+        run_local(jobs, prices, plan.environment, slots, gpus)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on") from None
+    for job in jobs.values():
+        if job.state == "failed":
+            print(f"\n{job.folder} failed, see its log.txt, which ends with:", *last_lines(job), sep="\n  ")
+    states = Counter(job.state for job in jobs.values())
+    print("\n" + ", ".join(f"{count} {state}" for state, count in states.items()))
+    if states["failed"]:
+        print(f"{states['stopped']} runs need what failed; the same command tries again")
+        sys.exit(1)
+    print(f"python benchmark/report.py --collect {plan.folder}/*")
