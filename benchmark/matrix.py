@@ -475,14 +475,17 @@ def run_slurm(jobs, folder, environment, dry_run):
 
 if __name__ == "__main__":
     args = model.read_flags(Args, __doc__)
-    scale = SCALES[args.scale]
-    plan = SimpleNamespace(**scale, scale_name=args.scale)
+    for name, numbers in {"slots": [args.slots], "students": [args.students], "seeds": args.seeds}.items():
+        if any(number is not None and number < 1 for number in numbers):
+            raise SystemExit(f"error: --{name} is {' '.join(map(str, numbers))}, expected 1 or more")
+    plan = SimpleNamespace(**SCALES[args.scale], scale_name=args.scale)
     plan.students = args.students or plan.students
     plan.folder = os.path.relpath(args.folder or ROOT / "runs" / args.scale, ROOT)
     known = {*plan.targets, *sum(plan.targets.values(), []), *plan.diverse_targets}
-    if unknown := set(args.games) - known:
+    unknown = [game for game in args.games if game not in known]
+    if unknown:
         choice = ", ".join(sorted(known))
-        raise SystemExit(f"error: --games {' '.join(unknown)} is no target at --scale {args.scale}; choose of {choice}")
+        raise SystemExit(f"error: --games {unknown[0]} is no target at --scale {args.scale}; choose of {choice}")
     jobs = plan_runs(plan, args.experiments, args.games, args.seeds)
     if not jobs:
         raise SystemExit("error: none of the --experiments has these --games; table2 has others than the rest")

@@ -1,0 +1,242 @@
+"""benchmark/matrix.py: which runs an experiment needs, and a pool that does them, on commands of a second each."""
+
+import contextlib
+import importlib
+import io
+import os
+import re
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmark"))
+import matrix  # noqa: E402
+
+SCRIPTS = {f"{name}.py": importlib.import_module(name) for name in ("finetune", "pretrain_teacher", "distill")}
+
+
+def make_plan(scale, folder="runs/x", **changes):
+    return SimpleNamespace(**matrix.SCALES[scale] | {"scale_name": scale, "folder": str(folder)} | changes)
+
+
+def plan(scale, experiments=tuple(matrix.EXPERIMENTS), games=(), seeds=(1, 2, 3, 4, 5), **changes):
+    return matrix.plan_runs(make_plan(scale, **changes), experiments, games, seeds)
+
+
+# --- the paper's experiments
+def test_table_1_has_ten_targets_that_share_ten_teachers():
+    counts = Counter(job.method for job in plan("paper", ["table1"]).values())
+    every_seed = "efficientzero efficientzero-l xtra wo-cross-task wo-pretraining wo-task-weights bc".split()
+    assert counts == dict.fromkeys(every_seed, 50) | dict.fromkeys(["teacher", "student", "cloned"], 10)
+
+
+def test_students_of_their_own_have_teachers_and_data_of_their_own():
+    jobs = plan("paper", ["figure7d"], ["MsPacman"], seeds=(1, 2, 3), students=2)
+    counts = Counter(job.method for job in jobs.values())
+    assert counts == {"efficientzero": 3 + 2 * 4, "teacher": 8, "student": 2, "xtra": 3}
+    started_from = [jobs[f"runs/x/xtra__MsPacman__{seed}"].needs[0][-1] for seed in (1, 2, 3)]
+    assert started_from == ["1", "2", "1"]
+
+
+def test_the_diverse_setting_has_one_student_of_eight_games_for_five_targets():
+    counts = Counter(job.method for job in plan("paper", ["table2"], seeds=(1,)).values())
+    expected = {"diverse-efficientzero": 5, "diverse-xtra": 5, "diverse-student": 1, "teacher": 8, "efficientzero": 8}
+    assert counts == expected
+
+
+@pytest.mark.parametrize("scale", matrix.SCALES)
+def test_each_command_is_one_that_its_script_takes_and_comes_after_what_it_needs(scale):
+    jobs = plan(scale, seeds=(1,))
+    seen = set()
+    for folder, job in jobs.items():
+        script, *words = job.words
+        assert SCRIPTS[script].Args
+        args = tyro.cli(SCRIPTS[script].Args, args=words, config=(tyro.conf.OmitArgPrefixes,))
+        assert len(set(words)) >= len([word for word in words if word.startswith("--")])
+        assert args.run.run_dir == folder and args.run.resume and args.run.exp_name == f"{scale}-{job.method}"
+        if script == "finetune.py":
+            flags = SimpleNamespace(
+                **{k: v for part in [vars(args), *map(vars, groups(args))] for k, v in part.items()}
+            )
+            SCRIPTS[script].check_args(flags)
+        folders = {
+            os.path.dirname(word) if word.endswith(".npz") else word for word in words if word.startswith("runs/")
+        }
+        assert folders - {folder} == set(job.needs) <= seen
+        seen.add(folder)
+
+
+def groups(args):
+    return [value for value in vars(args).values() if hasattr(value, "__dataclass_fields__")]
+
+
+def test_the_methods_are_those_of_the_readme():
+    """Flags of the README's list of commands, by the comment behind each."""
+    jobs = plan("paper", ["table1", "figure7b", "figure8", "figure10", "figure11"], ["MsPacman"], seeds=(1,))
+    text = (ROOT / "README.md").read_text()
+    listed = re.findall(r"^python (\w+\.py) (.*?)  +# (.*)$", text, re.M)
+    names = {
+        "EfficientZero": "efficientzero", "EfficientZero-L": "efficientzero-l", "XTRA": "xtra",
+        "the same, twice the batch (App. D)": "efficientzero-l-512", "without cross-task": "wo-cross-task",
+        "without pretraining": "wo-pretraining", "without task weights": "wo-task-weights",
+        "frozen h (Figure 7b)": "frozen-h", "only h and g (Figure 8)": "transfer-hg", "only h (Figure 8)": "transfer-h",
+        "behaviour cloning": "cloned", "its zero-shot score; the paper: 147.6": "bc",
+        "multi-game offline RL (App. C)": "multi-game",
+    }  # fmt: skip
+    found = {names[what]: (script, flags_of(words.split())) for script, words, what in listed if what in names}
+    assert found.keys() == set(names.values())
+    for method, (script, flags) in found.items():
+        job = next(job for job in jobs.values() if job.method == method)
+        theirs = flags_of(job.words[1:])
+        if script == "finetune.py" and "--pretrained" not in flags:
+            flags.setdefault("--blocks", "1")  # the default
+        flags |= {"--blocks": "4"} if script != "finetune.py" else {}
+        assert job.words[0] == script and theirs == flags, method
+
+
+def flags_of(words):
+    """{flag: value} of what makes a method: not the folders, the game and the seed."""
+    flags, places = {}, ("--run-dir", "--exp-name", "--seed", "--env-id", "--save-dataset", "--resume")
+    for i, word in enumerate(words):
+        if word.startswith("--") and word not in places:
+            value = words[i + 1] if i + 1 < len(words) and not words[i + 1].startswith("--") else ""
+            flags[word] = "" if word in ("--pretrained", "--teachers", "--datasets") else value
+    return flags
+
+
+def test_every_method_has_a_price_at_every_scale():
+    for scale in matrix.SCALES:
+        prices = matrix.read_prices(scale, None)
+        assert {job.method for job in plan(scale).values()} == prices.keys()
+        assert all(price["how"] in ("measured", "scaled", "counted", "guessed") for price in prices.values())
+
+
+# --- the pool
+APPEND = "import os, pathlib; path = pathlib.Path({order!r}); path.write_text(path.read_text() + {name!r})"
+
+
+@pytest.fixture
+def pool(tmp_path, monkeypatch):
+    """Runs of a second whose needs are given -> their states, what was printed, and the order in which they ended."""
+    monkeypatch.setattr(matrix, "ROOT", tmp_path)
+    order = tmp_path / "order"
+    order.write_text("")
+    prices = {"toy": {"hours": 0.1}}
+
+    def pool(needs, code=None, slots=2, gpus=()):
+        jobs = {}
+        for name, needed in needs.items():
+            words = ["-c", (code or {}).get(name, APPEND.format(order=str(order), name=name))]
+            jobs[name] = SimpleNamespace(method="toy", folder=name, words=words, needs=tuple(needed))
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            matrix.run_local(jobs, prices, {"GIVEN": "yes"}, slots, list(gpus))
+        return {name: job.state for name, job in jobs.items()}, said.getvalue(), order.read_text()
+
+    return pool
+
+
+def test_what_is_needed_comes_first_and_what_is_done_is_not_done_again(pool, tmp_path):
+    needs = {"a": "", "b": "a", "c": "a", "d": "bc"}
+    states, said, order = pool(needs)
+    assert set(states.values()) == {"done"} and order in ("abcd", "acbd")
+    assert "d: done after" in said and "4 done; about 0.00 h left" in said
+    (tmp_path / "c" / "done").unlink()
+    states, said, again = pool(needs)
+    assert again == order + "c" and set(states.values()) == {"done"}
+
+
+def test_a_failure_stops_what_needs_it_and_nothing_else(pool, tmp_path):
+    fails = {"b": "print('first'); print(' 50%|#####     | 1/2'); raise SystemExit('error: the reason')"}
+    states, said, order = pool({"a": "", "b": "a", "c": "b", "d": "c", "e": "a"}, fails)
+    assert states == {"a": "done", "b": "failed", "c": "stopped", "d": "stopped", "e": "done"} and order == "ae"
+    assert matrix.last_lines(SimpleNamespace(folder="b")) == ["first", "error: the reason"]
+    states, _, order = pool({"a": "", "b": "a", "c": "b", "d": "c", "e": "a"})  # the reason is gone
+    assert set(states.values()) == {"done"} and order == "aebcd"
+
+
+def test_each_slot_has_its_gpu_and_the_flags_their_environment(pool, tmp_path):
+    tell = "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['GIVEN'])"
+    wait = "import os, time\nwhile not os.path.exists('b/log.txt'): time.sleep(0.01)\n"  # so that both are under way
+    pool({"a": "", "b": ""}, {"a": wait + tell, "b": tell}, gpus=("3", "7"))
+    assert [(tmp_path / name / "log.txt").read_text() for name in "ab"] == ["3 yes\n", "7 yes\n"]
+
+
+def test_a_run_that_another_process_does_is_waited_for(pool, tmp_path):
+    (tmp_path / "a").mkdir()
+    hold = "import filelock, sys; lock = filelock.FileLock('a/lock').acquire(); print(1, flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", hold], cwd=tmp_path, stdin=-1, stdout=-1)
+    assert other.stdout.readline() == b"1\n"
+    threading.Timer(2, other.communicate).start()  # ends it
+    states, said, order = pool({"a": "", "b": ""}, slots=1)
+    assert "a: elsewhere" in said and set(states.values()) == {"done"} and order == "ab"
+
+
+def test_a_run_with_other_flags_is_refused(pool):
+    pool({"a": ""})
+    with pytest.raises(SystemExit, match="^error: .*a/done is of a run with other flags; move its folder away"):
+        pool({"a": ""}, {"a": "print(1)"})
+
+
+def test_the_progress_of_a_run_is_that_of_its_last_bar(tmp_path, monkeypatch):
+    monkeypatch.setattr(matrix, "ROOT", tmp_path)
+    job = SimpleNamespace(folder="a")
+    assert matrix.progress(job) == ""
+    (tmp_path / "a").mkdir()
+    bars = ["37%|███▋      | 152/416 [00:30<00:44,  5.98update/s]", " 90%|█████████ | 3/4 [1:30<07:13, 10.93s/update]"]
+    bars += ["update 368: Catch-v1, return 8.0", "evaluation:  6%|▋ | 1/16 [00:01<00:15, 1.00s/game]"]
+    (tmp_path / "a" / "log.txt").write_text("\n".join(bars))
+    assert matrix.progress(job) == "90%, 07:13 left"
+
+
+# --- the command
+def command(tmp_path, words):
+    """Runs matrix.py in this process -> None or the line that it ends with, and what it printed."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.setattr(sys, "argv", ["benchmark/matrix.py", *shlex.split(words), "--folder", str(tmp_path / "m")])
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            runpy.run_path(str(ROOT / "benchmark" / "matrix.py"), run_name="__main__")
+        except SystemExit as stop:
+            return stop.code, said.getvalue()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+    return None, said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            "--games Pong",
+            "error: --games Pong is no target at --scale paper; choose of Alien, Amidar, Assault, BankHeist",
+        ),
+        ("--games Assault Pong Foo --scale toy", "error: --games Assault is no target at --scale toy"),
+        ("--experiments table2 --games MsPacman", "error: none of the --experiments has these --games"),
+        ("--experiments table3", "error: "),
+        ("--list --card A100", "error: --card A100 has no prices at --scale paper; choose of H200"),
+        ("--slots 0", "error: --slots is 0"),
+        ("--students 0", "error: --students is 0"),
+        ("--seeds 0 1", "error: --seeds is 0 1, expected 1 or more"),
+    ],
+)
+def test_wrong_flags_are_answered_in_one_line(tmp_path, words, expected):
+    error, _ = command(tmp_path, words)
+    assert error.startswith(expected) and "\n" not in error and not (tmp_path / "m").exists()
+
+
+def test_the_list_adds_up(tmp_path):
+    error, said = command(tmp_path, "--list --experiments figure8 --games MsPacman --seeds 1")
+    *lines, last = said.splitlines()
+    prices = [float(line.split()[1]) for line in lines if line.startswith("# ")]
+    assert error is None and len(prices) == 13 and lines[1].startswith("env python finetune.py --blocks 1 --env-id MsP")
+    assert last.startswith(f"# 13 runs, {sum(prices):.3g} h (")
