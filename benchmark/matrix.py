@@ -119,8 +119,8 @@ SCALES = {  # sizes, games and budgets; what a method is and which runs it needs
         "students": 5,
         "online": f"""{TOY_SIZE} --total-timesteps 312 --eval-every 40 --learning-starts 96 --target-interval 48
             --offline-batch-size 16 --similarity-start 48 --similarity-interval 48 --similarity-updates 16""",
-        "teacher": f"{TOY_SIZE} --num-updates 240 --eval-every 80 --target-interval 48",
-        "student": f"{TOY_SIZE} --num-updates 240 --eval-every 80",
+        "teacher": f"{TOY_SIZE} --num-updates 400 --eval-every 80 --target-interval 48",
+        "student": f"{TOY_SIZE} --num-updates 320 --eval-every 80",
         "small": "--blocks 1",
         "large": "--blocks 2",
         "twice_the_batch": "--batch-size 32",
@@ -140,7 +140,7 @@ class Args:
     students: int | None = None  # students of seeds 1, 2, ... that the seeds share; default: paper and small 1, toy 5
     folder: str | None = None  # where the run folders are; default: runs/{scale}
     list: bool = False  # whether to print all commands with their cost, and do nothing
-    card: str | None = None  # of the prices in --list: H200 or H100 (paper), CPU (small, toy)
+    card: str | None = None  # of the prices: H200 or H100-floor (paper), CPU (small, toy)
     backend: Literal["local", "slurm"] = "local"  # a pool of processes here, or array jobs of benchmark/slurm.sh
     slots: int | None = None  # runs at a time, of the local pool; default: one for each GPU, else 1
     dry_run: bool = False  # whether the slurm backend prints what it would submit, and does nothing
@@ -255,19 +255,23 @@ def plan_runs(plan, experiments, games, seeds):
 
 # --- what runs cost ---
 def read_prices(scale, card):
-    """The rows of benchmark/prices.csv for a scale and card -> {method: hours, how they are known, GB}."""
+    """What runs cost at a scale on a card, by benchmark/prices.csv -> {method: {"hours": (0.9, "scaled"), ...}}.
+
+    measured: in such a run; scaled: from a shorter one; counted: from bytes and FLOPs; guessed: from another method.
+    card: None for the first of the scale.
+    """
     with open(ROOT / "benchmark" / "prices.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["scale"] == scale]
     cards = list(dict.fromkeys(row["card"] for row in rows))
     card = card or cards[0]
     if card not in cards:
         raise SystemExit(f"error: --card {card} has no prices at --scale {scale}; choose of {', '.join(cards)}")
-    numbers = ("hours", "memory_gb", "disk_gb")
-    return {
-        row["method"]: {"how": row["how"]} | {name: float(row[name]) for name in numbers}
-        for row in rows
-        if row["card"] == card
-    }
+    prices = {}
+    for row in rows:
+        if row["card"] == card:
+            cells = {name: row[name].split() for name in ("hours", "memory_gb", "disk_gb")}
+            prices[row["method"]] = {name: (float(number), how) for name, (number, how) in cells.items()}
+    return prices
 
 
 def shell_line(job, environment):
@@ -276,19 +280,35 @@ def shell_line(job, environment):
     return shlex.join(["env", *assignments, "python", *job.words])
 
 
-def print_list(jobs, prices, environment):
-    """Every command with its price, and the sums."""
+def print_commands(jobs, prices, environment):
+    """Every command, and before it its price and whether it has been done."""
+    for job in jobs.values():
+        price = {name: f"{number:g} {how}" for name, (number, how) in prices[job.method].items()}
+        done = "; done" if is_done(job, environment) else ""
+        print(f"# hours {price['hours']}, GB {price['memory_gb']}, GB on the disk {price['disk_gb']}{done}")
+        print(shell_line(job, environment))
+
+
+def cost(jobs, prices):
+    """One line of a Markdown table: how many runs, their hours by how these are known, GB at most, GB on the disk."""
     hours = Counter()
     for job in jobs.values():
-        price = prices[job.method]
-        hours[price["how"]] += price["hours"]
-        state = "  done" if is_done(job, environment) else ""
-        size = f"{price['memory_gb']:.1f} GB, {price['disk_gb']:.2f} GB on the disk"
-        print(f"# {price['hours']:.3g} h ({price['how']}), {size}{state}\n{shell_line(job, environment)}")
-    shares = ", ".join(f"{share:.3g} {how}" for how, share in hours.items())
-    memory = max(prices[job.method]["memory_gb"] for job in jobs.values())
-    disk = sum(prices[job.method]["disk_gb"] for job in jobs.values())
-    print(f"# {len(jobs)} runs, {hours.total():.3g} h ({shares}), at most {memory:.1f} GB, {disk:.1f} GB on the disk")
+        number, how = prices[job.method]["hours"]
+        hours[how] += number
+    parts = ", ".join(f"{number:,.1f} {how}" for how, number in hours.items())
+    memory, how = max(prices[job.method]["memory_gb"] for job in jobs.values())
+    disk = sum(prices[job.method]["disk_gb"][0] for job in jobs.values())
+    return f"{len(jobs)} | {hours.total():,.1f} | {parts} | {memory:g} {how} | {disk:.1f}"
+
+
+def print_totals(plan, experiments, games, seeds, prices):
+    """What each experiment costs by itself, and all of them, which share pieces: a Markdown table."""
+    print("\n| experiment | runs | hours | of which | GB of memory | GB on the disk |\n|---|---|---|---|---|---|")
+    for chosen in [[experiment] for experiment in experiments] + [experiments]:
+        jobs = plan_runs(plan, chosen, games, seeds)
+        name = chosen[0] if len(chosen) == 1 else "all of these together"
+        if jobs:
+            print(f"| {name} | {cost(jobs, prices)} |")
 
 
 # --- the state of a run ---
@@ -377,8 +397,8 @@ def remaining(jobs, prices, slots):
     """How many runs are in which state, and the hours that the rest takes, at the speed of those that are done."""
     states = ", ".join(f"{count} {state}" for state, count in Counter(job.state for job in jobs.values()).items())
     timed = [job for job in jobs.values() if job.hours]
-    slower = sum(job.hours for job in timed) / sum(prices[job.method]["hours"] for job in timed) if timed else 1.0
-    hours = sum(prices[job.method]["hours"] for job in jobs.values() if job.state in ("waiting", "running"))
+    slower = sum(job.hours for job in timed) / sum(prices[job.method]["hours"][0] for job in timed) if timed else 1.0
+    hours = sum(prices[job.method]["hours"][0] for job in jobs.values() if job.state in ("waiting", "running"))
     return f"{states}; about {hours * slower / slots:.2f} h left"
 
 
@@ -491,7 +511,8 @@ if __name__ == "__main__":
         raise SystemExit("error: none of the --experiments has these --games; table2 has others than the rest")
     prices = read_prices(args.scale, args.card)
     if args.list:
-        print_list(jobs, prices, plan.environment)
+        print_commands(jobs, prices, plan.environment)
+        print_totals(plan, args.experiments, args.games, args.seeds, prices)
         sys.exit()
     if args.backend == "slurm":
         run_slurm(jobs, plan.folder, plan.environment, args.dry_run)

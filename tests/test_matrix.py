@@ -118,7 +118,8 @@ def test_every_method_has_a_price_at_every_scale():
     for scale in matrix.SCALES:
         prices = matrix.read_prices(scale, None)
         assert {job.method for job in plan(scale).values()} == prices.keys()
-        assert all(price["how"] in ("measured", "scaled", "counted", "guessed") for price in prices.values())
+        marks = {how for price in prices.values() for _, how in price.values()}
+        assert marks <= {"measured", "scaled", "counted", "guessed"}
 
 
 # --- the pool
@@ -131,7 +132,7 @@ def pool(tmp_path, monkeypatch):
     monkeypatch.setattr(matrix, "ROOT", tmp_path)
     order = tmp_path / "order"
     order.write_text("")
-    prices = {"toy": {"hours": 0.1}}
+    prices = {"toy": {"hours": (0.1, "measured")}}
 
     def pool(needs, code=None, slots=2, gpus=()):
         jobs = {}
@@ -235,8 +236,12 @@ def test_wrong_flags_are_answered_in_one_line(tmp_path, words, expected):
 
 
 def test_the_list_adds_up(tmp_path):
-    error, said = command(tmp_path, "--list --experiments figure8 --games MsPacman --seeds 1")
-    *lines, last = said.splitlines()
-    prices = [float(line.split()[1]) for line in lines if line.startswith("# ")]
-    assert error is None and len(prices) == 13 and lines[1].startswith("env python finetune.py --blocks 1 --env-id MsP")
-    assert last.startswith(f"# 13 runs, {sum(prices):.3g} h (")
+    error, said = command(tmp_path, "--list --experiments figure8 figure7d --games MsPacman --seeds 1")
+    lines = said.splitlines()
+    hours = [float(line.split()[2]) for line in lines if line.startswith("# hours")]
+    disk = [float(line.split()[-2]) for line in lines if line.startswith("# hours")]
+    rows = {row[1]: row[2:] for row in ([cell.strip() for cell in line.split("|")] for line in lines if "|" in line)}
+    assert error is None and len(hours) == 13 and lines[1].startswith("env python finetune.py --blocks 1 --env-id MsP")
+    assert rows["figure8"] == rows["all of these together"]  # Figure 7d needs no other runs
+    assert rows["figure8"][:2] == ["13", f"{sum(hours):.1f}"] and rows["figure8"][4] == f"{sum(disk):.1f}"
+    assert rows["figure7d"][0] == "11" and float(rows["figure7d"][1]) < sum(hours)
