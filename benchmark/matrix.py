@@ -29,11 +29,11 @@ import torch
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from speed import override
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 import model  # noqa: E402
+from speed import override  # noqa: E402
 
 # --- the paper's experiments ---
 METHODS = {  # of stage 2, but for "efficientzero": the kind of student it starts from, and its own flags
@@ -344,7 +344,8 @@ def progress(job):
 
 def last_lines(job, count=3):
     """The end of a run's log, without bars."""
-    lines = (ROOT / job.folder / "log.txt").read_text(errors="replace").splitlines()
+    path = ROOT / job.folder / "log.txt"
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     return [line for line in lines if line.strip() and "%|" not in line][-count:]
 
 
@@ -442,29 +443,34 @@ def run_local(jobs, prices, environment, slots, gpus):
 
 
 # --- a cluster ---
-def queued_runs(path):
-    """The runs that Slurm has not finished yet, of those that were submitted before -> {folder: job id}.
-
-    path: a file with a line "id folder" for each.
+def submitted_runs(path):
+    """The runs that were submitted before: of those that Slurm has not finished yet {folder: job id}, and the folders
+    of the others. path: a file with a line "id folder" for each.
     """
     if not path.exists():
-        return {}
-    submitted = [line.split() for line in path.read_text().splitlines()]
-    known = subprocess.run(
-        ["squeue", "--noheader", "--array", "--format=%i"], capture_output=True, text=True, check=True
-    )
-    return {folder: job_id for job_id, folder in submitted if job_id in known.stdout.split()}
+        return {}, set()
+    submitted = {folder: job_id for job_id, folder in map(str.split, path.read_text().splitlines())}
+    said = subprocess.run(["squeue", "--noheader", "--array", "--format=%i"], stdout=subprocess.PIPE, check=True)
+    queued = {folder: job_id for folder, job_id in submitted.items() if job_id in said.stdout.decode().split()}
+    return queued, submitted.keys() - queued.keys()
 
 
 def run_slurm(jobs, folder, environment, dry_run):
     """Submits what is neither done nor queued: one array for all runs that need the same others."""
     files = ROOT / folder / "slurm"
-    ids = {} if dry_run else queued_runs(files / "submitted.txt")  # {folder: job id}
+    ids, ended = ({}, set()) if dry_run else submitted_runs(files / "submitted.txt")  # {folder: job id}
     done = {job.folder for job in jobs.values() if is_done(job, environment)}
     arrays = defaultdict(list)  # {what they need: runs}
     for job in jobs.values():
         if job.folder not in done | ids.keys():
             arrays[job.needs].append(job)
+    for job in jobs.values():
+        if job.folder in ended - done:
+            print(
+                f"{job.folder} did not end well and is submitted again; its log ends with:",
+                *last_lines(job),
+                sep="\n  ",
+            )
     for number, (needs, runs) in enumerate(arrays.items(), start=1):
         name = f"{os.path.basename(folder)}-{time.strftime('%m%d-%H%M%S')}-{number}"
         dependency = ":".join(["afterok", *(ids[need] for need in needs if need not in done)])
@@ -490,7 +496,7 @@ def run_slurm(jobs, folder, environment, dry_run):
         if not dry_run:
             with open(files / "submitted.txt", "a") as file:
                 file.writelines(f"{ids[job.folder]} {job.folder}\n" for job in runs)
-    print(f"{len(done)} done, {sum(map(len, arrays.values()))} submitted in {len(arrays)} arrays")
+    print(f"{len(done)} done, {sum(map(len, arrays.values()))} to submit, in {len(arrays)} arrays")
 
 
 if __name__ == "__main__":
@@ -498,6 +504,10 @@ if __name__ == "__main__":
     for name, numbers in {"slots": [args.slots], "students": [args.students], "seeds": args.seeds}.items():
         if any(number is not None and number < 1 for number in numbers):
             raise SystemExit(f"error: --{name} is {' '.join(map(str, numbers))}, expected 1 or more")
+    if args.dry_run and args.backend == "local":
+        raise SystemExit("error: --dry-run is for --backend slurm; --list prints the commands")
+    if args.slots and args.backend == "slurm":
+        raise SystemExit("error: --slots is for --backend local; edit benchmark/slurm.sh for what a job gets")
     plan = SimpleNamespace(**SCALES[args.scale], scale_name=args.scale)
     plan.students = args.students or plan.students
     plan.folder = os.path.relpath(args.folder or ROOT / "runs" / args.scale, ROOT)

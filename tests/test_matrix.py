@@ -226,6 +226,8 @@ def command(tmp_path, words):
         ("--experiments table3", "error: "),
         ("--list --card A100", "error: --card A100 has no prices at --scale paper; choose of H200"),
         ("--slots 0", "error: --slots is 0"),
+        ("--dry-run", "error: --dry-run is for --backend slurm"),
+        ("--slots 2 --backend slurm", "error: --slots is for --backend local"),
         ("--students 0", "error: --students is 0"),
         ("--seeds 0 1", "error: --seeds is 0 1, expected 1 or more"),
     ],
@@ -245,3 +247,24 @@ def test_the_list_adds_up(tmp_path):
     assert rows["figure8"] == rows["all of these together"]  # Figure 7d needs no other runs
     assert rows["figure8"][:2] == ["13", f"{sum(hours):.1f}"] and rows["figure8"][4] == f"{sum(disk):.1f}"
     assert rows["figure7d"][0] == "11" and float(rows["figure7d"][1]) < sum(hours)
+
+
+@pytest.mark.parametrize("card", ["H200", "H100-floor"])
+def test_the_costs_in_the_docs_are_those_of_the_list(tmp_path, card):
+    said = command(tmp_path, f"--list --card {card}")[1]
+    costs = said[said.index("| experiment |") :]
+    assert costs.count("\n") == 13 and costs in (ROOT / "docs" / "reproduce.md").read_text()
+
+
+def test_a_dry_run_has_an_array_for_all_runs_that_need_the_same(tmp_path):
+    error, said = command(tmp_path, "--experiments figure7d --games MsPacman --seeds 1 2 --backend slurm --dry-run")
+    arrays = [line.split() for line in said.splitlines() if line.startswith("sbatch")]
+    sizes = [next(word for word in words if word.startswith("--array"))[8:] for words in arrays]
+    assert error is None and sizes == ["1-6"] + 4 * ["1-1"] + ["1-1", "1-2"]  # scratch, teachers, student, XTRA
+    dependencies = [[word for word in words if word.startswith("--dependency")] for words in arrays]
+    assert dependencies[0] == [] and dependencies[1] == ["--dependency=afterok:ARRAY1_2"]
+    assert dependencies[-2] == ["--dependency=afterok:ARRAY2_1:ARRAY3_1:ARRAY4_1:ARRAY5_1"]
+    assert dependencies[-1] == ["--dependency=afterok:ARRAY6_1"]
+    lines = [line for line in said.splitlines() if "\t" in line]
+    assert len(lines) == 13 and all(line.split("\t")[1].startswith("env python ") for line in lines)
+    assert "0 done, 13 to submit, in 7 arrays" in said and not (tmp_path / "m").exists()
