@@ -32,8 +32,9 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-import model  # noqa: E402
 from speed import override  # noqa: E402
+
+import model  # noqa: E402
 
 # --- the paper's experiments ---
 METHODS = {  # of stage 2, but for "efficientzero": the kind of student it starts from, and its own flags
