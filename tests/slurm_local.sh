@@ -1,0 +1,142 @@
+#!/bin/bash
+# Slurm on this machine alone, for tests/test_slurm.py and for trying benchmark/slurm.sh. Debian or Ubuntu; nothing is
+# installed, and neither root nor a Slurm that is already there is needed.
+#     tests/slurm_local.sh download            unpacks Slurm and the libraries that are missing into .slurm, 10 MB
+#     tests/slurm_local.sh start FOLDER        a cluster of one node; its settings, state and logs are in FOLDER
+#     source FOLDER/env.sh                     sbatch, squeue, ... then talk to it
+#     tests/slurm_local.sh stop FOLDER         cancels its jobs and ends it
+# SLURM_LOCAL=elsewhere is used in place of .slurm. The node claims 64 CPUs, or SLURM_LOCAL_CPUS=16, and 1 TB whatever is
+# there: jobs of 8 CPUs run 8 at a time. It has no GPUs: env.sh takes --gres back, also where a script has it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+SLURM=$(realpath -m "${SLURM_LOCAL:-.slurm}")
+die() { echo "slurm_local.sh: $*" >&2; exit 1; }
+
+# until_true SECONDS COMMAND...: tries until it succeeds
+until_true() {
+  local end=$((SECONDS + $1))
+  shift
+  until "$@"; do
+    [ "$SECONDS" -lt "$end" ] || return 1
+    sleep 0.1
+  done
+}
+
+# Each package is unpacked beside the others. Installed ones that Slurm needs are used as they are.
+download() {
+  local packages=(slurmctld slurmd slurm-client slurm-wlm-basic-plugins)
+  local needed
+  # without root, simulating works too; Slurm itself may be installed and is fetched nevertheless
+  needed=$(apt-get install --simulate --no-install-recommends "${packages[@]}" | awk '$1 == "Inst" {print $2}') ||
+    die "apt-get knows no Slurm; apt-get update may help"
+  rm -rf "$SLURM.part"
+  mkdir -p "$SLURM.part/packages"
+  (
+    cd "$SLURM.part/packages"
+    printf '%s\n' "${packages[@]}" $needed | sort -u | xargs apt-get download --quiet
+    for package in *.deb; do dpkg --extract "$package" ..; done
+  )
+  rm -r "$SLURM.part/packages"
+  rm -rf "$SLURM"
+  mv "$SLURM.part" "$SLURM"
+  echo "Slurm is in $SLURM"
+}
+
+free_port() {
+  local port
+  while :; do
+    port=$((20000 + RANDOM % 10000))
+    if ! (exec 3<> "/dev/tcp/127.0.0.1/$port") 2> /dev/null; then break; fi
+  done
+  echo "$port"
+}
+
+settings() {
+  local host user ports
+  host=$(hostname -s)
+  user=$(id -un)
+  # Times are short for the tests. Of the usual ones: MinJobAge 300 (a finished job is known for so long), cred_expire 120
+  # (a requeued job waits for so long), KillWait 30 (from SIGTERM to SIGKILL).
+  cat << END
+ClusterName=local
+SlurmctldHost=$host(127.0.0.1)
+SlurmctldPort=$(free_port)
+SlurmdPort=$(free_port)
+SlurmUser=$user
+SlurmdUser=$user
+AuthType=auth/none
+CredType=cred/none
+AuthInfo=cred_expire=5
+PluginDir=$PLUGINS
+PlugStackConfig=$FOLDER/plugstack.conf
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+ReturnToService=2
+JobRequeue=1
+MinJobAge=${SLURM_LOCAL_MIN_JOB_AGE:-300}
+KillWait=2
+InactiveLimit=0
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+SlurmdParameters=config_overrides
+StateSaveLocation=$FOLDER/state
+SlurmdSpoolDir=$FOLDER/spool
+SlurmctldPidFile=$FOLDER/slurmctld.pid
+SlurmdPidFile=$FOLDER/slurmd.pid
+SlurmctldLogFile=$FOLDER/slurmctld.log
+SlurmdLogFile=$FOLDER/slurmd.log
+NodeName=node NodeHostname=$host NodeAddr=127.0.0.1 CPUs=${SLURM_LOCAL_CPUS:-64} RealMemory=1000000
+PartitionName=all Nodes=node Default=YES MaxTime=INFINITE
+END
+}
+
+start() {
+  FOLDER=$1
+  [ -e "$SLURM/usr/sbin/slurmctld-wlm" ] || die "no Slurm in $SLURM: tests/slurm_local.sh download"
+  [ ! -e "$FOLDER/slurm.conf" ] || die "$FOLDER has a cluster"
+  PLUGINS=$(dirname "$(find "$SLURM/usr/lib" -name auth_none.so)")
+  mkdir -p "$FOLDER/state" "$FOLDER/spool"
+  settings > "$FOLDER/slurm.conf"
+  : > "$FOLDER/plugstack.conf"
+  cat << END > "$FOLDER/env.sh"
+export SLURM_CONF='$FOLDER/slurm.conf'
+export PATH='$SLURM/usr/bin':"\$PATH"
+export LD_LIBRARY_PATH='$PLUGINS:$(dirname "$PLUGINS")'\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}
+export SBATCH_GRES=none # in place of the GPUs that a script asks for
+END
+  source "$FOLDER/env.sh"
+  # -D: in the foreground, so that $! is the daemon; setsid: Ctrl-C in the terminal is not for them
+  setsid "$SLURM/usr/sbin/slurmctld-wlm" -D -f "$SLURM_CONF" < /dev/null &> "$FOLDER/slurmctld.out" &
+  echo "$!" > "$FOLDER/pids"
+  setsid "$SLURM/usr/sbin/slurmd-wlm" -D -f "$SLURM_CONF" -N node -d "$SLURM/usr/sbin/slurmstepd-wlm" \
+    < /dev/null &> "$FOLDER/slurmd.out" &
+  echo "$!" >> "$FOLDER/pids"
+  until_true 30 up || { tail -n 5 "$FOLDER"/slurm*.{log,out} >&2; stop "$FOLDER"; die "the cluster did not come up"; }
+}
+up() { [ "$(sinfo --noheader --format %t 2> /dev/null)" = idle ]; }
+
+stop() {
+  FOLDER=$1
+  source "$FOLDER/env.sh"
+  scancel --quiet --user "$(id -un)" || true
+  until_true 30 empty || echo "slurm_local.sh: jobs are left" >&2
+  for pid in $(tac "$FOLDER/pids"); do
+    if ours "$pid"; then kill "$pid"; fi
+    until_true 10 gone "$pid" || kill -KILL "$pid"
+  done
+  mv "$FOLDER/slurm.conf" "$FOLDER/slurm.conf.ended"
+}
+empty() { [ -z "$(squeue --noheader)" ]; }
+ours() { tr '\0' ' ' 2> /dev/null < "/proc/$1/cmdline" | grep -q -F "$FOLDER/slurm.conf"; }
+gone() { ! ours "$1"; }
+
+case "${1:-} $#" in
+  "download 1") download ;;
+  "start 2" | "stop 2") "$1" "$(realpath -m "$2")" ;;
+  *) sed -n 's/^# \{0,1\}//p' "$0" | head -n 8; exit 2 ;;
+esac
