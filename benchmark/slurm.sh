@@ -8,15 +8,16 @@
 # SBATCH --partition=NAME
 # SBATCH --account=NAME
 # Without GPUs: comment --gres out.
-# Two minutes before --time, which may be much shorter than a run, the job goes back into the queue; the run goes on from
-# its checkpoint. Slurm may send the signal up to a minute early. --time must be longer than three minutes.
+# A run may be longer than --time: two minutes before its end the job goes back into the queue, and the run goes on from
+# its checkpoint. Slurm may send that signal a minute early; --time has to be more than three minutes.
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
 # sbatch --array=1-N benchmark/slurm.sh COMMANDS, from the root of the repository. Line i of the file COMMANDS is job i:
-# RUN_FOLDER, a tab, a command line for bash. The file is read when a job starts, and again after a requeue: it must stay
-# as it is. A job has the environment of sbatch (an activated .venv, say); anything else, like "module load", goes here:
+# RUN_FOLDER, a tab, a command for bash. The file is read when a job starts, and again after a requeue: do not change it.
+# A job has the environment of sbatch, with an activated .venv for example. What else it needs, like "module load", goes
+# here:
 
 child=
 # Requeueing by $SLURM_JOB_ID would be wrong: for one job of an array that is the number of the whole array too.

@@ -5,8 +5,8 @@
 #     tests/slurm_local.sh start FOLDER        a cluster of one node; its settings, state and logs are in FOLDER
 #     source FOLDER/env.sh                     sbatch, squeue, ... then talk to it
 #     tests/slurm_local.sh stop FOLDER         cancels its jobs and ends it
-# SLURM_LOCAL=elsewhere is used in place of .slurm. The node claims 64 CPUs, or SLURM_LOCAL_CPUS=16, and 1 TB whatever is
-# there: jobs of 8 CPUs run 8 at a time. It has no GPUs: env.sh takes --gres back, also where a script has it.
+# SLURM_LOCAL=elsewhere is used in place of .slurm. The node claims 32 CPUs, or SLURM_LOCAL_CPUS=16, and 1 TB, whatever
+# is there: jobs of 8 CPUs run 4 at a time. It has no GPUs: env.sh takes --gres back, also where a script has it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SLURM=$(realpath -m "${SLURM_LOCAL:-.slurm}")
@@ -42,26 +42,21 @@ download() {
   echo "Slurm is in $SLURM"
 }
 
-free_port() {
-  local port
-  while :; do
-    port=$((20000 + RANDOM % 10000))
-    if ! (exec 3<> "/dev/tcp/127.0.0.1/$port") 2> /dev/null; then break; fi
-  done
-  echo "$port"
-}
+answers() { (exec 3<> "/dev/tcp/127.0.0.1/$1") 2> /dev/null; }
 
 settings() {
-  local host user ports
+  local host user port
   host=$(hostname -s)
   user=$(id -un)
-  # Times are short for the tests. Of the usual ones: MinJobAge 300 (a finished job is known for so long), cred_expire 120
-  # (a requeued job waits for so long), KillWait 30 (from SIGTERM to SIGKILL).
+  port=$((20000 + RANDOM % 10000))
+  while answers "$port" || answers $((port + 1)); do port=$((port + 2)); done
+  # Times are short for the tests. A requeued job waits for cred_expire, usually 120 s (5 is the least). KillWait, else
+  # 30 s, lies between SIGTERM and SIGKILL. MinJobAge is the usual one: so many seconds is a finished job known.
   cat << END
 ClusterName=local
 SlurmctldHost=$host(127.0.0.1)
-SlurmctldPort=$(free_port)
-SlurmdPort=$(free_port)
+SlurmctldPort=$port
+SlurmdPort=$((port + 1))
 SlurmUser=$user
 SlurmdUser=$user
 AuthType=auth/none
@@ -76,8 +71,8 @@ AccountingStorageType=accounting_storage/none
 MpiDefault=none
 ReturnToService=2
 JobRequeue=1
-MinJobAge=${SLURM_LOCAL_MIN_JOB_AGE:-300}
-KillWait=2
+MinJobAge=300
+KillWait=5
 InactiveLimit=0
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
@@ -90,7 +85,7 @@ SlurmctldPidFile=$FOLDER/slurmctld.pid
 SlurmdPidFile=$FOLDER/slurmd.pid
 SlurmctldLogFile=$FOLDER/slurmctld.log
 SlurmdLogFile=$FOLDER/slurmd.log
-NodeName=node NodeHostname=$host NodeAddr=127.0.0.1 CPUs=${SLURM_LOCAL_CPUS:-64} RealMemory=1000000
+NodeName=node NodeHostname=$host NodeAddr=127.0.0.1 CPUs=${SLURM_LOCAL_CPUS:-32} RealMemory=1000000
 PartitionName=all Nodes=node Default=YES MaxTime=INFINITE
 END
 }
@@ -98,12 +93,13 @@ END
 start() {
   FOLDER=$1
   [ -e "$SLURM/usr/sbin/slurmctld-wlm" ] || die "no Slurm in $SLURM: tests/slurm_local.sh download"
-  [ ! -e "$FOLDER/slurm.conf" ] || die "$FOLDER has a cluster"
+  [ ! -e "$FOLDER/slurm.conf" ] || die "$FOLDER is of another cluster; choose a new folder"
   PLUGINS=$(dirname "$(find "$SLURM/usr/lib" -name auth_none.so)")
   mkdir -p "$FOLDER/state" "$FOLDER/spool"
   settings > "$FOLDER/slurm.conf"
   : > "$FOLDER/plugstack.conf"
   cat << END > "$FOLDER/env.sh"
+unset "\${!SLURM_@}" "\${!SBATCH_@}" # of a job of another cluster
 export SLURM_CONF='$FOLDER/slurm.conf'
 export PATH='$SLURM/usr/bin':"\$PATH"
 export LD_LIBRARY_PATH='$PLUGINS:$(dirname "$PLUGINS")'\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}
@@ -123,20 +119,19 @@ up() { [ "$(sinfo --noheader --format %t 2> /dev/null)" = idle ]; }
 stop() {
   FOLDER=$1
   source "$FOLDER/env.sh"
-  scancel --quiet --user "$(id -un)" || true
+  timeout 30 scancel --quiet --user "$(id -un)" || true
   until_true 30 empty || echo "slurm_local.sh: jobs are left" >&2
   for pid in $(tac "$FOLDER/pids"); do
     if ours "$pid"; then kill "$pid"; fi
     until_true 10 gone "$pid" || kill -KILL "$pid"
   done
-  mv "$FOLDER/slurm.conf" "$FOLDER/slurm.conf.ended"
 }
-empty() { [ -z "$(squeue --noheader)" ]; }
-ours() { tr '\0' ' ' 2> /dev/null < "/proc/$1/cmdline" | grep -q -F "$FOLDER/slurm.conf"; }
+empty() { [ -z "$(timeout 30 squeue --noheader)" ]; } # jobs that still end are listed too
+ours() { grep -q -s -F "$FOLDER/slurm.conf" "/proc/$1/cmdline"; }
 gone() { ! ours "$1"; }
 
 case "${1:-} $#" in
   "download 1") download ;;
   "start 2" | "stop 2") "$1" "$(realpath -m "$2")" ;;
-  *) sed -n 's/^# \{0,1\}//p' "$0" | head -n 8; exit 2 ;;
+  *) sed -n '2,9s/^# //p' "$0"; exit 2 ;;
 esac
