@@ -15,7 +15,7 @@
 #SBATCH --open-mode=append
 
 # sbatch --array=1-N benchmark/slurm.sh COMMANDS, from the root of the repository. Line i of the file COMMANDS is job i:
-# RUN_FOLDER, a tab, a command for bash. The file is read when a job starts, and again after a requeue: do not change it.
+# RUN_FOLDER, a tab, a command for bash. The file is read when a job starts, and again after a requeue: leave it so.
 # A job has the environment of sbatch, with an activated .venv for example. What else it needs, like "module load", goes
 # here:
 

@@ -51,7 +51,7 @@ settings() {
   port=$((20000 + RANDOM % 10000))
   while answers "$port" || answers $((port + 1)); do port=$((port + 2)); done
   # Times are short for the tests. A requeued job waits for cred_expire, usually 120 s (5 is the least). KillWait, else
-  # 30 s, lies between SIGTERM and SIGKILL. MinJobAge is the usual one: so many seconds is a finished job known.
+  # 30 s, lies between SIGTERM and SIGKILL. MinJobAge, for how long a finished job is known, is the usual one.
   cat << END
 ClusterName=local
 SlurmctldHost=$host(127.0.0.1)
