@@ -7,12 +7,17 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmark"))
+import matrix  # noqa: E402
+
 JOB = ROOT / "benchmark" / "slurm.sh"
 LOCAL = ROOT / "tests" / "slurm_local.sh"
 
@@ -215,3 +220,44 @@ def test_what_was_killed_goes_on_when_it_is_requeued(slurm, folder, cause):
     assert wait_for(slurm, [jobs["a"]]) == ["COMPLETED"]
     assert log(folder, "a")[-1] == WENT_ON[-1] and "in use" not in "".join(log(folder, "a"))
     assert (folder / "a" / "done").read_text() == "bash toy.sh a\n"
+
+
+@pytest.mark.faults
+def test_a_matrix_of_every_stage(slurm, tmp_path, monkeypatch):
+    """benchmark/matrix.py on the cluster: Table 1 of tiny runs, one of which is killed and goes on, and one fails."""
+    for name in [name for name in os.environ if name not in slurm]:
+        monkeypatch.delenv(name)
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    plan = SimpleNamespace(**matrix.SCALES["toy"], scale_name="toy", folder=os.path.relpath(tmp_path / "toy", ROOT))
+    tiny = "--channels 4 --batch-size 4 --num-simulations 2 --unroll-steps 1 --eval-episodes 2 --checkpoint-every 8"
+    plan.online = f"{tiny} --total-timesteps 48 --learning-starts 16 --offline-batch-size 4"
+    plan.teacher = plan.student = f"{tiny} --num-updates 16"
+    jobs = matrix.plan_runs(plan, ["table1"], ["Storm-v0"], [1])
+    failing = f"{plan.folder}/teacher__Rocks-v0__1"
+    good, jobs[failing].words = jobs[failing].words, [*jobs[failing].words, "--gamma", "2"]
+
+    def submit_all():
+        matrix.run_slurm(jobs, plan.folder, plan.environment, dry_run=False)
+        return dict(reversed(line.split()) for line in (tmp_path / "toy/slurm/submitted.txt").read_text().splitlines())
+
+    ids = submit_all()
+    assert ids.keys() == jobs.keys()
+    first = f"{plan.folder}/efficientzero__Storm-v0__1"
+    until((tmp_path / "toy" / os.path.basename(first) / "checkpoint.pt").exists, 120)
+    call(slurm, "scontrol", "requeue", ids[first])
+    assert submit_all() == ids  # all are queued
+    wait_for(slurm, ids.values())
+    done = {path.parent.name for path in tmp_path.glob("toy/*/done")}
+    scratch = [
+        "efficientzero__Storm-v0",
+        "efficientzero__Fruit-v0",
+        "efficientzero__Rocks-v0",
+        "efficientzero-l__Storm-v0",
+    ]
+    assert done == {f"{name}__1" for name in [*scratch, "teacher__Fruit-v0"]}
+    assert (tmp_path / "toy" / os.path.basename(first) / "log.txt").read_text().count("run folder:") == 2
+    jobs[failing].words = good
+    again = submit_all()
+    wait_for(slurm, again.values())
+    assert {path.parent.name for path in tmp_path.glob("toy/*/done")} == {os.path.basename(name) for name in jobs}
