@@ -45,27 +45,27 @@ EXPLAINED = {
     "EfficientZero": "EfficientZero from scratch",
 }
 
-# --pages: a method of the paper -> its name there, and its colour (those of a figure can be told apart by the colour-blind)
+# --pages: method -> its name, its colour (colour-blind safe within a figure), its column in benchmark/paper/
 METHODS = {
-    "efficientzero": ("EfficientZero", "#0072B2"),
-    "efficientzero-l": ("EfficientZero-L", "#56B4E9"),
-    "efficientzero-l-512": ("EfficientZero-L, twice the batch", "#332288"),
-    "xtra": ("XTRA", "#D55E00"),
-    "wo-cross-task": ("w.o. cross-task", "#009E73"),
-    "wo-pretraining": ("w.o. pretraining", "#CC79A7"),
-    "wo-task-weights": ("w.o. task weights", "#E69F00"),
-    "bc": ("behaviour cloning, zero-shot", "#999933"),
-    "zero-shot": ("XTRA, zero-shot", "#882255"),
-    "xtra-small": ("XTRA, small h", "#CC79A7"),
-    "frozen-h": ("XTRA, h frozen", "#009E73"),
-    "xtra-other": ("XTRA, pretrained on the other category", "#009E73"),
-    "transfer-h": ("only h transferred", "#56B4E9"),
-    "transfer-hg": ("only h and g transferred", "#009E73"),
-    "diverse-efficientzero": ("EfficientZero, 120 % of the updates", "#0072B2"),
-    "diverse-xtra": ("XTRA, diverse offline games", "#D55E00"),
-    "teacher": ("teacher: offline RL on one game", "#0072B2"),
-    "student": ("student: distilled from the teachers", "#E69F00"),
-    "multi-game": ("offline RL on all games at once", "#009E73"),
+    "efficientzero": ("EfficientZero", "#0072B2", "EfficientZero"),
+    "efficientzero-l": ("EfficientZero-L", "#56B4E9", "EfficientZero-L"),
+    "efficientzero-l-512": ("EfficientZero-L, twice the batch", "#332288", None),
+    "xtra": ("XTRA", "#D55E00", "XTRA"),
+    "wo-cross-task": ("w.o. cross-task", "#009E73", "XTRA_wo_crosstask"),
+    "wo-pretraining": ("w.o. pretraining", "#CC79A7", "XTRA_wo_pretraining"),
+    "wo-task-weights": ("w.o. task weights", "#E69F00", "XTRA_wo_taskweights"),
+    "bc": ("behaviour cloning, zero-shot", "#999933", "ZeroShot_BC"),
+    "zero-shot": ("XTRA, zero-shot", "#882255", "ZeroShot_XTRA"),
+    "xtra-small": ("XTRA, small h", "#AA4499", None),
+    "frozen-h": ("XTRA, h frozen", "#44AA99", None),
+    "xtra-other": ("XTRA, pretrained on the other category", "#117733", None),
+    "transfer-h": ("only h transferred", "#88CCEE", None),
+    "transfer-hg": ("only h and g transferred", "#661100", None),
+    "diverse-efficientzero": ("EfficientZero, 120 % of the updates", "#0072B2", "EfficientZero"),
+    "diverse-xtra": ("XTRA, diverse offline games", "#D55E00", "XTRA"),
+    "teacher": ("teachers: offline RL on each game", "#6699CC", None),
+    "student": ("student: distilled from the teachers", "#DDAA33", None),
+    "multi-game": ("offline RL on all games at once", "#004488", None),
 }
 TABLE1 = ["efficientzero", "efficientzero-l", "xtra", "wo-cross-task", "wo-pretraining", "wo-task-weights"]
 ZERO_SHOT = ["bc", "zero-shot"]
@@ -74,24 +74,9 @@ FIGURE7 = ["efficientzero", "efficientzero-l", "xtra", "xtra-small", "xtra-other
 FIGURE8 = ["efficientzero", "transfer-h", "transfer-hg", "xtra"]
 FIGURE10 = ["teacher", "student", "multi-game"]
 FIGURE11 = ["efficientzero", "efficientzero-l", "efficientzero-l-512", "xtra"]
-IN_THE_PAPER = {  # columns of benchmark/paper/table1.csv and table2.csv
-    "efficientzero": "EfficientZero",
-    "efficientzero-l": "EfficientZero-L",
-    "xtra": "XTRA",
-    "wo-cross-task": "XTRA_wo_crosstask",
-    "wo-pretraining": "XTRA_wo_pretraining",
-    "wo-task-weights": "XTRA_wo_taskweights",
-    "bc": "ZeroShot_BC",
-    "zero-shot": "ZeroShot_XTRA",
-    "diverse-efficientzero": "EfficientZero",
-    "diverse-xtra": "XTRA",
-}
 SCALES = {  # in the order of the pages
     "paper": ("Atari", "Atari at the paper's sizes."),
-    "small": (
-        "Atari, reduced",
-        "Real Atari games at reduced sizes, smaller networks and fewer steps than the paper's.",
-    ),
+    "small": ("Atari, reduced", "Real Atari games with smaller networks and fewer steps than the paper's."),
     "toy": ("Toy games", "Small pixel games (tests/toy_env.py) and small networks: **nothing about Atari**."),
 }
 TARGETS = {  # category: the games that the methods are compared in
@@ -149,9 +134,9 @@ def name_what_differs(runs):
 
 
 def read_run(folder):
-    """A run folder -> its flags, method, origin, env_ids {game: id}, returns {(game, environment steps, updates): [...]}
-    of its evaluations, curves {game: [(environment steps, updates, mean return), ...]}, and the scalars {key: (steps,
-    values)} of its TensorBoard events."""
+    """A run folder -> its flags, method, origin, env_ids {game: id}, returns of its evaluations {(game, environment
+    steps, updates): [...]}, curves {game: [(environment steps, updates, mean return), ...]}, and the scalars {key:
+    (steps, values)} of its TensorBoard events."""
     path = os.path.join(folder, "evaluations.csv")
     if not os.path.isfile(path):
         raise SystemExit(f"error: {folder} holds no evaluations.csv; expected a run folder of the three scripts")
@@ -607,7 +592,7 @@ def read_scale(scale, runs, weights, paper):
     curves (the evaluations after the same environment steps in all runs of a game), weights, samples (`read_samples`).
 
     An evaluation has a score, `(mean - random) / (reference - random)`, the reference being a human in Atari games and
-    perfect play in others, and an amount, of which improvements are made: the mean return in Atari games, else the score.
+    perfect play in others, and an amount, of which improvements are made: the mean return in Atari games, or the score.
     """
     data = SimpleNamespace(scale=scale, atari=scale != "toy", paper=paper)
     data.all = runs[runs.scale == scale]
@@ -624,10 +609,10 @@ def read_scale(scale, runs, weights, paper):
     last = rows.groupby(key).tail(1)
     ended = last.updates >= last.total_updates
     data.unfinished = last[~ended]
-    zero_shot = rows[(rows.method == "xtra") & (rows.updates == 0)].assign(method="zero-shot")
-    zero_shot = pd.concat([last[ended & (last.method == "bc")], zero_shot])
-    zero_shot = zero_shot.drop_duplicates(["method", "game", "pretrained", "mean"])  # a student counts once
     trained = last[ended & (last.method != "bc")]
+    first = rows[(rows.method == "xtra") & (rows.updates == 0)].merge(trained[key]).assign(method="zero-shot")
+    zero_shot = pd.concat([last[ended & (last.method == "bc")], first])
+    zero_shot = zero_shot.drop_duplicates(["method", "game", "pretrained", "mean"])  # a student counts once
     data.finals = pd.concat([trained, zero_shot])
     online = rows.merge(trained.loc[~trained.method.isin(FIGURE10), key])
     online = online.drop_duplicates([*key, "env_steps"], keep="last")
@@ -667,14 +652,14 @@ def read_samples(data):
 
 
 def in_common(samples, names):
-    """The samples of these names, in the games that all of them have -> [{game: [n]}, ...], or None if there are none."""
+    """The samples of these names, in the games that all of them have -> [{game: [n]}, ...], or None if none has."""
     found = [samples.get(name, {}) for name in names]
     games = [game for game in (found or [{}])[0] if all(game in sample for sample in found)]
     return [{game: sample[game] for game in games} for sample in found] if games else None
 
 
 def answer(parts, samples):
-    """A claim of CLAIMS -> (verdict, (value, low, high) of each part, fewest seeds, games), or None if no runs answer it."""
+    """A claim -> (verdict, (value, low, high) of each part, fewest seeds, games), or None if no runs answer it."""
     said, numbers, seeds, games = [], [], [], set()
     for names, statistic, bounds in parts:
         common = in_common(samples, names.split())
@@ -727,7 +712,7 @@ def categories(data, methods):
 def paper_score(data, method, game):
     """The paper's score, or nan."""
     scores = data.paper.table2 if method in TABLE2 else data.paper.table1
-    return scores.get(game, {}).get(IN_THE_PAPER.get(method), np.nan) if data.atari else np.nan
+    return scores.get(game, {}).get(METHODS[method][2], np.nan) if data.atari else np.nan
 
 
 def scores_table(data, methods):
@@ -752,23 +737,37 @@ def scores_table(data, methods):
 
 
 def aggregates_table(data, methods):
-    """A line for each method: normalised scores of all games, and the improvement over the first, EfficientZero."""
+    """A line for each method: normalised scores of all games, and the improvement over the first, EfficientZero; on
+    Atari with what the paper's scores of the same games give."""
+    base = methods[0]
     rows = []
     for method in shown(data, methods):
         scores = data.samples.get(f"{method}.final", {})
         seeds = sorted({len(x) for x in scores.values()})
         line = [METHODS[method][0], len(scores), "-".join(map(str, seeds[:1] + seeds[1:][-1:]))]
-        line += [number(*estimate(statistic, scores)) if scores else "-" for statistic in (mean, median, iqm)]
+        paper = {}
+        for game in scores:
+            normalised = (paper_score(data, method, game) - data.low[game]) / (data.reference[game] - data.low[game])
+            paper[game] = np.array([normalised])
+        for statistic in (mean, median, iqm):
+            known = statistic is not iqm and scores  # of the paper's seeds there are only means
+            text = number(*estimate(statistic, scores)) if scores else "-"
+            line.append(text + beside(statistic(paper) if known else np.nan))
+        common = in_common(data.samples, [f"{method}.amount", f"{base}.amount"]) if method != base else None
         for statistic in (improvement, median_improvement, probability):
-            common = in_common(data.samples, [f"{x}.amount" for x in (method, methods[0])])
-            text = "-" if common is None or method == methods[0] else number(*estimate(statistic, *common))
-            if text != "-" and data.atari and statistic is not probability:
-                printed = [{x: np.array([paper_score(data, m, x)]) for x in common[0]} for m in (method, methods[0])]
-                text += f"<br>paper: {number(float(statistic(*printed)))}"
+            text = number(*estimate(statistic, *common)) if common else "-"
+            if common and statistic is not probability:
+                printed = [{game: np.array([paper_score(data, x, game)]) for game in common[0]} for x in (method, base)]
+                text += beside(statistic(*printed))
             line.append(text)
         rows.append(line)
     header = ["", "games", "seeds", "mean score", "median score", "IQM", "mean improvement", "median improvement"]
-    return table([*header, f"P(above {METHODS[methods[0]][0]})"], rows)
+    return table([*header, "P(above)"], rows)
+
+
+def beside(paper):
+    """What stands below a number of ours: the paper's, if it has one."""
+    return "" if np.isnan(paper) else f"<br>paper: {paper:.2f}"
 
 
 def curves_table(data, methods):
@@ -835,7 +834,7 @@ def scale_section(data, claims, drawn):
     text, verdicts, unanswered = claims_table(data, claims)
     parts += [f"### Claims ({SCALES[data.scale][0]})", text, count_verdicts(verdicts)]
     parts.append(f"No runs here answer {', '.join(unanswered) or 'none of the others'}.")
-    parts.append("Not asked: " + "; ".join(f"{name} {why}" for name, why in NOT_ASKED.items()) + ".")
+    parts.append("Not asked: " + ", ".join(f"{name} ({why})" for name, why in NOT_ASKED.items()) + ".")
     rows = []
     for row in last.itertuples():
         done = f"{row.updates:,}" if row.updates >= row.total_updates else f"{row.updates:,} of {row.total_updates:,}"
@@ -857,26 +856,28 @@ def count_verdicts(verdicts):
 
 HOW_TO_READ = f"""# Results
 
-Written by `python benchmark/report.py --pages` from benchmark/results/ and benchmark/paper/: change those, not this page.
+Written by `python benchmark/report.py --pages` from benchmark/results/ and benchmark/paper/: change those, not this
+page.
 
-- **Score**: the mean return of the games of a run's last evaluation. Runs that have not ended count nowhere but in the last
-  table.
-- **Normalised score**: (score - random) / (reference - random), the reference being a human in Atari games and perfect play
-  in toy games: 0 is random play, 1 the reference.
-- **Improvement**: score / EfficientZero's score in each game, then the mean or the median over games, as in the paper's Table 1.
-  Of raw scores in Atari games; of normalised ones in toy games, whose returns may be negative. A score of EfficientZero below
-  {FLOOR:g} counts as {FLOOR:g}.
-- **IQM**: the mean of the middle half of all seeds of all games. **P(above)**: the mean over games of the share of pairs of seeds
-  in which a method is above EfficientZero, a tie being half (both: Agarwal et al., 2021).
-- **[a, b]**: 95 % interval of a stratified percentile bootstrap, {RESAMPLES:,} resamples of the seeds of each game. Of few seeds it is
-  too narrow: with normal scores it holds the true mean of one game in 75 % of cases of three seeds and 84 % of five, that of
-  ten games in 87 % and 92 %. **(n)**: seeds. **†**: fewer than three.
+- **Score**: the mean return of the games of a run's last evaluation. Runs that have not ended count nowhere but in the
+  list of every run.
+- **Normalised score**: (score - random) / (reference - random), the reference being a human in Atari games and perfect
+  play in toy games: 0 is random play, 1 the reference. Carnival has no published human score, so none of these either.
+- **Improvement**: score / EfficientZero's score in each game, then the mean or the median over games, as in Table 1. Of
+  raw scores in Atari games; of normalised ones in toy games, whose returns may be negative. A score of EfficientZero
+  below {FLOOR:g} counts as {FLOOR:g}.
+- **IQM**: the mean of the middle half of all seeds of all games. **P(above)**: the mean over games of the share of
+  pairs of seeds in which a method is above EfficientZero, a tie being half (both: Agarwal et al., 2021).
+- **[a, b]**: 95 % interval of a stratified percentile bootstrap, {RESAMPLES:,} resamples of the seeds of each game. Of
+  few seeds it is too narrow: with normal scores it holds the true mean of one game in 75 % of cases of three seeds and
+  84 % of five, that of ten games in 87 % and 92 %. **(n)**: seeds. **†**: fewer than three.
 - **Zero-shot**: the evaluation before any update. A student counts once, however many runs begin with it.
-- **Area**: the mean normalised score over the environment steps, by the trapezoidal rule. **Early**: at a fifth of the steps.
-- **Verdicts**: a claim is that a number lies within bounds. *Reproduced*: the interval lies within them; *not reproduced*: it
-  lies outside; *undecided*: it has a bound inside; *too few seeds*: fewer than three of a method in a game. What is "the same"
-  or "no harm" has a margin of {MARGIN:g} of normalised scores. Of a claim with several parts all must hold: it has the worst of
-  their verdicts. A game counts if all methods of a part were run in it.
+- **Area**: the mean normalised score over the environment steps, by the trapezoidal rule. **Early**: at a fifth of the
+  steps, or the evaluation nearest to that.
+- **Verdicts**: a claim is that a number lies within bounds. *Reproduced*: the interval lies within them; *not
+  reproduced*: it lies outside; *undecided*: it has a bound inside; *too few seeds*: fewer than three of a method in a
+  game. What is "the same" or "no harm" has a margin of {MARGIN:g} of normalised scores. Of a claim with several parts
+  all must hold: it has the worst of their verdicts. A game counts if all methods of a part were run in it.
 """
 BLOCKS = [  # of the page of a scale: title, methods, tables, figures
     ("Similar games: Table 1", [*TABLE1, *ZERO_SHOT], [scores_table, aggregates_table], ["table1", "curves", "hours"]),
@@ -906,10 +907,8 @@ def readme_section(scales, claims, drawn):
         ]
         rows.append([METHODS[method][0], *cells])
     parts = [table(["IQM of normalised scores", *(SCALES[data.scale][0] for data in scales)], rows)]
-    parts.append(
-        "0 is random play, 1 a human (Atari) or perfect play (toy games). In brackets the 95 % interval; then runs, and the\n"
-        "games they are of. Tables, curves, every claim and every run: [docs/results.md](docs/results.md)."
-    )
+    told = "0 is random play, 1 a human (Atari) or perfect play (toy games). [95 % interval] (runs in games). Tables,\n"
+    parts.append(told + "curves, every claim and every run: [docs/results.md](docs/results.md).")
     for data in scales:
         parts.append(f"{SCALES[data.scale][0]}. {count_verdicts(claims_table(data, claims)[1])}")
     first = f"{scales[0].scale}-table1"
@@ -925,9 +924,9 @@ def panels(data, title, words, count, size, columns=3):
     """A figure with so many panels of a size in inches. words: how to read it."""
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure = plt.figure(figsize=(max(8.0, size[0] * columns), size[1] * rows + 1), layout="constrained")
-    figure.suptitle(f"{SCALES[data.scale][0]}: {title}\n", fontsize=13)
-    figure.supxlabel(words + ("; diamonds: the paper's means" if data.atari and "n seeds" in words else ""), fontsize=9)
+    figure = plt.figure(figsize=(max(8.0, size[0] * columns), size[1] * rows + 0.8), layout="constrained")
+    figure.suptitle(f"{SCALES[data.scale][0]}: {title}", fontsize=13)
+    figure.supxlabel(words, fontsize=9)
     axes = [figure.add_subplot(rows, columns, 1 + i) for i in range(count)]
     for panel in axes:
         panel.grid(alpha=0.3)
@@ -935,25 +934,34 @@ def panels(data, title, words, count, size, columns=3):
     return figure, axes
 
 
-def draw_level(panel, level, name, vertical=False):
-    """A dashed line with its name; only the words where it lies far outside the panel."""
+def draw_level(panel, level, name, vertical=False, upper=False):
+    """A dashed line with its name; only the words where it lies far outside the panel. upper: of two levels."""
     low, high = panel.get_xlim() if vertical else panel.get_ylim()
-    style = {"fontsize": 8, "bbox": {"color": "white", "alpha": 0.7, "pad": 0.5}}
+    line = {"linestyle": "--", "color": "black", "linewidth": 1, "zorder": 1}
     if level > high + 0.7 * (high - low):
-        place = {"ha": "right", "va": "bottom" if vertical else "top"}
-        panel.text(1, 1, f"{name}: {level:,.0f}, outside", transform=panel.transAxes, **place, **style)
+        panel.text(1, 1, f"{name}: {level:,.0f}", transform=panel.transAxes, ha="right", va="bottom", fontsize=8)
     elif vertical and not np.isnan(level):
-        panel.axvline(level, linestyle="--", color="black", linewidth=1, zorder=1)
-        panel.text(level, 1, name, transform=panel.get_xaxis_transform(), ha="center", va="bottom", **style)
+        panel.axvline(level, **line)
+        place = {"transform": panel.get_xaxis_transform(), "ha": "left" if upper else "right", "va": "bottom"}
+        panel.text(level, 1, name, fontsize=8, **place)
     elif not np.isnan(level):
-        panel.axhline(level, linestyle="--", color="black", linewidth=1, zorder=1)
-        panel.text(0.01, level, name, transform=panel.get_yaxis_transform(), va="center", **style)
+        panel.axhline(level, **line)
+        place = {"transform": panel.get_yaxis_transform(), "va": "bottom" if upper else "top"}
+        panel.text(1.01, level, name.replace(" ", "\n"), fontsize=8, **place)
+
+
+def draw_line(panel, points, label, colour, steps=False):
+    """points: (x, value, low, high) each; steps: whether a value holds until the next one."""
+    x, value, low, high = np.array(points).T
+    style = "steps-post" if steps else "default"
+    panel.plot(x, value, color=colour, marker="o", markersize=3, drawstyle=style, label=label)
+    panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0, step="post" if steps else None)
 
 
 def draw_bars(panel, methods, samples, papers):
     """A line for each method: its seeds, their mean over games and its interval. samples: [{game: [n]}] of each."""
     for y, (method, scores, paper) in enumerate(zip(methods, samples, papers, strict=True)):
-        name, colour = METHODS[method]
+        colour = METHODS[method][1]
         if scores:
             value, low, high = estimate(mean, scores)
             points = np.concatenate([*scores.values()])
@@ -974,6 +982,7 @@ def draw_scores(data, methods, title):
     if not games:
         return None
     words = "points: n seeds; bar and stroke: their 95 % interval and mean"
+    words += "; diamonds: the paper's means" if data.atari and METHODS[methods[0]][2] else ""
     figure, axes = panels(data, title, words, len(games), (5, 0.9 + 0.32 * len(methods)))
     for panel, game in zip(axes, games, strict=True):
         of_game = data.finals[data.finals.game == game]
@@ -983,7 +992,7 @@ def draw_scores(data, methods, title):
         papers = [(paper_score(data, method, game) - low) / (high - low) for method in methods]
         draw_bars(panel, methods, [{"": (x - low) / (high - low)} if len(x) else {} for x in values], papers)
         draw_level(panel, 0 if normal else data.random.get(game, np.nan), "random play", vertical=True)
-        draw_level(panel, 1 if normal else np.nan, data.best, vertical=True)
+        draw_level(panel, 1 if normal else np.nan, data.best, vertical=True, upper=True)
         panel.set_xlabel("normalised score" if normal else "mean return")
         panel.set_title(game, pad=16)
         if panel.get_subplotspec().colspan.start > 0:
@@ -1001,12 +1010,9 @@ def draw_curves(panel, data, methods, games, column, over="env_steps"):
             if len(samples) == len(games):
                 points.append((part[over].mean(), *estimate(mean, samples)))
         if points:
-            x, value, low, high = np.array(points).T
-            name, colour = METHODS[method]
-            n = min(map(len, samples.values()))
-            panel.plot(x, value, color=colour, marker="o", markersize=3, label=f"{name} (n={n})")
-            panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-    panel.set_xlabel("hours of the run" if over == "hours" else "environment steps")
+            seeds = min(map(len, samples.values()))
+            draw_line(panel, points, f"{METHODS[method][0]} (n={seeds})", METHODS[method][1])
+    panel.set_xlabel("hours of the run, without those of pretraining" if over == "hours" else "environment steps")
 
 
 def draw_learning(data, games, title):
@@ -1014,8 +1020,8 @@ def draw_learning(data, games, title):
     games = [game for game in games if game in set(data.curves.game[data.curves.method.isin(TABLE1)])]
     if not games:
         return None
-    words = "lines: mean over n seeds; bands: 95 % interval"
-    figure, axes = panels(data, title, words, len(games), (4.3, 4.2))
+    words = "lines: mean over n seeds; bands: 95 % interval" + "; diamonds: the paper's means" * data.atari
+    figure, axes = panels(data, title, words, len(games), (4.5, 4.2))
     for panel, game in zip(axes, games, strict=True):
         draw_curves(panel, data, TABLE1, [game], "mean")
         end = data.curves.env_steps[data.curves.game == game].max()
@@ -1023,7 +1029,7 @@ def draw_learning(data, games, title):
             style = {"color": METHODS[method][1], "markeredgecolor": "black", "markersize": 7, "clip_on": False}
             panel.plot(end, paper_score(data, method, game), "D", **style)
         draw_level(panel, data.random.get(game, np.nan), "random play")
-        draw_level(panel, data.reference.get(game, np.nan), data.best)
+        draw_level(panel, data.reference.get(game, np.nan), data.best, upper=True)
         panel.set(title=game, ylabel="mean return of an evaluation")
         panel.legend(fontsize=8)
     return figure
@@ -1041,11 +1047,11 @@ def draw_together(data, parts, title):
             ready.append((name, methods, how, [*common[0]]))
     if not ready:
         return None
-    words = "lines: mean over games and n seeds; bands and bars: 95 % interval"
+    words = "lines and strokes: mean over games and n seeds; bands and bars: 95 % interval; points: seeds"
     figure, axes = panels(data, title, words, len(ready), (6, 4.2), columns=2)
     for panel, (name, methods, how, games) in zip(axes, ready, strict=True):
         games_text = ", ".join(games) if len(games) < 4 else f"{len(games)} games"
-        panel.set_title(f"{name}\n({games_text})", fontsize=10, pad=14)
+        panel.set_title(f"{name} ({games_text})", fontsize=10, pad=14)
         if how == "final":
             draw_bars(panel, methods, in_common(data.samples, [f"{x}.final" for x in methods]), [np.nan] * len(methods))
             panel.set_xlabel("normalised final score")
@@ -1054,9 +1060,9 @@ def draw_together(data, parts, title):
         else:
             draw_curves(panel, data, methods, games, "score", how)
             panel.set_ylabel("mean normalised score")
-            draw_level(panel, 1, data.best)
         if how != "improvement":
             draw_level(panel, 0, "random play", vertical=how == "final")
+            draw_level(panel, 1, data.best, vertical=how == "final", upper=True)
         if how != "final":
             panel.legend(fontsize=8)
     return figure
@@ -1070,12 +1076,11 @@ def draw_improvement(panel, data, games):
         samples = [{game: values.to_numpy() for game, values in groups} for groups in both]
         if step > 0 and all(len(x) == len(games) for x in samples):
             points.append((step, *estimate(improvement, *samples)))
-    steps, value, low, high = np.array(points).T
-    n = min(len(x) for sample in samples for x in sample.values())
-    panel.plot(steps, value, color=METHODS["xtra"][1], marker="o", markersize=3, label=f"XTRA / EfficientZero (n={n})")
-    panel.fill_between(steps, low, high, color=METHODS["xtra"][1], alpha=0.15, linewidth=0)
-    panel.set(xlabel="environment steps", ylabel="mean improvement", yscale="log")
-    draw_level(panel, 1, "as EfficientZero")
+    seeds = min(len(x) for sample in samples for x in sample.values())
+    draw_line(panel, points, f"XTRA's score / EfficientZero's (n={seeds})", METHODS["xtra"][1])
+    panel.set(xlabel="environment steps", ylabel="mean improvement")
+    panel.set_ylim(bottom=min(0.9, panel.get_ylim()[0]))
+    draw_level(panel, 1, "the same")
 
 
 def draw_weights(data, methods, title):
@@ -1090,26 +1095,11 @@ def draw_weights(data, methods, title):
         for panel, column in zip(axes[2 * i : 2 * i + 2], ("eta", "cosine"), strict=True):
             for (offline, part), colour in zip(of_target.groupby("offline_game"), OFFLINE_COLOURS, strict=False):
                 points = [(x, *estimate(mean, {"": y.to_numpy()})) for x, y in part.groupby("updates")[column]]
-                points = [(0, 1.0, 1.0, 1.0), *points] if column == "eta" else points  # 1 until the first measurement
-                x, value, low, high = np.array(points).T
-                step = "steps-post" if column == "eta" else "default"
-                panel.plot(
-                    x,
-                    value,
-                    color=colour,
-                    marker="o",
-                    markersize=3,
-                    drawstyle=step,
-                    label=f"{offline} (n={part.seed.nunique()})",
-                )
-                panel.fill_between(
-                    x, low, high, color=colour, alpha=0.15, linewidth=0, step="post" if column == "eta" else None
-                )
-            panel.set(
-                xlabel="updates",
-                ylabel=f"{column}" + (", weight of the offline game" if column == "eta" else " of the gradients"),
-            )
-            panel.set_title(f"{METHODS[method][0]}\ntarget {game}", fontsize=10)
+                points = [(0, 1.0, 1.0, 1.0)] * (column == "eta") + points  # 1 until the first measurement
+                draw_line(panel, points, f"{offline} (n={part.seed.nunique()})", colour, steps=column == "eta")
+            name = "eta, weight of the offline game" if column == "eta" else "cosine of the gradients"
+            panel.set(xlabel="updates", ylabel=name)
+            panel.set_title(f"{METHODS[method][0]}: target {game}", fontsize=10)
             panel.legend(fontsize=8)
         axes[2 * i].set_ylim(-0.05, 1.05)
     return figure
@@ -1121,8 +1111,8 @@ def draw_scale(data):
     figures = {"table1": draw_scores(data, [*TABLE1, *ZERO_SHOT], f"scores {end}, and zero-shot (Table 1)")}
     for category, games in TARGETS.items():
         if category != "diverse":
-            figures[f"curves-{category}"] = draw_learning(data, games, f"learning curves, {category}")
-    hours = draw_together(data, [("Scores over hours", TABLE1, "hours")], "what a score costs") if data.hours else None
+            figures[f"curves-{category}"] = draw_learning(data, games, f"learning curves ({category})")
+    hours = draw_together(data, [("all methods", TABLE1, "hours")], "scores over hours") if data.hours else None
     figures["hours"] = hours
     figures["table2"] = draw_scores(data, TABLE2, f"diverse offline games, scores {end} (Table 2)")
     parts = [
@@ -1132,12 +1122,12 @@ def draw_scale(data):
         ("d: relative to EfficientZero", ["efficientzero", "xtra"], "improvement"),
     ]
     figures["figure7"] = draw_together(data, parts, "ablations (Figure 7)")
-    parts = [("", ["efficientzero", "transfer-h", "transfer-hg", "xtra"], "env_steps")]
+    parts = [("parts of the pretrained model", FIGURE8, "env_steps")]
     figures["figure8"] = draw_together(data, parts, "which networks are transferred (Figure 8)")
     figures["weights"] = draw_weights(data, ["xtra", "xtra-other"], "weights of the offline games (Figures 5b and 9)")
     figures["figure10"] = draw_scores(data, FIGURE10, "offline: scores after pretraining (Figure 10)")
-    parts = [("", FIGURE11, "final")]
-    figures["figure11"] = draw_together(data, parts, f"batch size, scores {end} (Figure 11)")
+    parts = [("batches of 256 and 512", FIGURE11, "final")]
+    figures["figure11"] = draw_together(data, parts, f"scores {end} (Figure 11)")
     return {f"{data.scale}-{name}": figure for name, figure in figures.items() if figure is not None}
 
 
@@ -1155,24 +1145,25 @@ def publish(results):
         raise SystemExit(f"error: README.md lacks the lines {' and '.join(MARKERS)}; put them where the results belong")
     paper = read_paper(PAPER)
     scales = [read_scale(scale, runs, weights, paper) for scale in SCALES if scale in set(runs.scale)]
-    figures = {}
-    for data in scales:
-        figures |= draw_scale(data)
     folder = Path("docs/images/results")
     folder.mkdir(parents=True, exist_ok=True)
     for old in [*folder.glob("*.png"), *folder.glob("*.svg")]:
         old.unlink()
-    for name, figure in figures.items():
-        with plt.rc_context({"svg.hashsalt": name}):  # identifiers are drawn by chance otherwise
+    drawn = []
+    for name, figure in itertools.chain.from_iterable(draw_scale(data).items() for data in scales):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # once is enough
+        with plt.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):  # identifiers are drawn by chance otherwise
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
         figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
         plt.close(figure)
-    Path("docs/results.md").write_text(results_page(scales, paper.claims, figures))
+        drawn.append(name)
+    Path("docs/results.md").write_text(results_page(scales, paper.claims, drawn))
     before, rest = readme.split(MARKERS[0])
     after = rest.split(MARKERS[1])[1]
-    section = readme_section(scales, paper.claims, figures)
-    Path("README.md").write_text(f"{before}{MARKERS[0]}\n{section}\n{MARKERS[1]}{after}")
-    print(f"docs/results.md, README.md, docs/images/results/: written, {len(figures)} figures")
+    section = readme_section(scales, paper.claims, drawn)
+    Path("README.md").write_text(f"{before}{MARKERS[0]}\n\n{section}\n\n{MARKERS[1]}{after}")
+    print(f"docs/results.md, README.md, docs/images/results/: written, {len(drawn)} figures")
 
 
 if __name__ == "__main__":
