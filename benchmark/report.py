@@ -84,7 +84,7 @@ TARGETS = {  # category: the games that the methods are compared in
     "mazes": ["Alien", "Amidar", "BankHeist", "MsPacman", "WizardOfWor"],
     "diverse": ["Assault", "BattleZone", "Hero", "Krull", "Seaquest"],
     "falling": ["Storm-v0"],
-    "catch": ["Catch-v3"],
+    "catching": ["Catch-v3"],
 }
 RUNS = ["scale", "method", "game", "seed", "pretrained", "env_steps", "updates", "total_updates"]
 RUNS += ["mean", "std", "games", "hours", "card", "commit"]  # the columns of runs.csv
@@ -303,15 +303,16 @@ def windows(steps, cosines, weights):
         spread = (centred**2).sum()
         if eta is not None:
             lag = (centred[:-1] * centred[1:]).sum() / spread if spread > 0 else None
-            yield after, eta, values.mean(), lag
+            yield after, *(None if x is None else round(float(x), 6) for x in (eta, values.mean(), lag))
 
 
-def collect_run(run):
-    """A run -> its lines of runs.csv and of weights.csv."""
+def collect_run(folder, run):
+    """A run -> its lines of runs.csv and of weights.csv. A run of several games is its own student: those of one seed
+    for different targets share games."""
     scale, _, method = run.flags["exp_name"].partition("-")
     seed = run.flags["seed"]
-    pretrained = os.path.basename(os.path.normpath(run.flags.get("pretrained") or ""))
-    pretrained = "" if pretrained == "." else pretrained
+    pretrained = folder if len(run.curves) > 1 else run.flags.get("pretrained")
+    pretrained = os.path.basename(os.path.abspath(pretrained)) if pretrained else ""
     total = run.flags.get("num_updates") or run.flags["total_timesteps"] + run.flags.get("extra_updates", 0)
     hours = dict(zip(*run.scalars.get("charts/hours", ((), ())), strict=True))
     origin = run.origin.get("card", ""), run.origin.get("commit", "")
@@ -340,9 +341,9 @@ def read_csv(path, columns):
 
 
 def merge(path, new, replaced, columns):
-    """Writes the lines `new` into a table, in place of those of the runs {(scale, method, game, seed)} `replaced`."""
+    """Writes the lines `new` into a table, in place of those that begin as one of `replaced`."""
     old = read_csv(path, columns)
-    kept = [row for row in old.itertuples(index=False, name=None) if row[:4] not in replaced]
+    kept = [row for row in old.itertuples(index=False, name=None) if not {row[:4], row[:5]} & replaced]
     table = pd.DataFrame([*kept, *new], columns=columns).sort_values(columns[:7])
     table.to_csv(path, index=False, float_format="%.10g", lineterminator="\n")
 
@@ -352,7 +353,7 @@ def collect(folders, results):
     os.makedirs(results, exist_ok=True)
     path = os.path.join(results, "runs.csv")
     known = {(row.scale, row.game) for row in read_csv(path, RUNS).itertuples() if row.method == "random"}
-    rows, lines, played = [], [], []
+    rows, lines, played, replaced = [], [], [], set()
     for folder in folders:
         evaluations = Path(folder, "evaluations.csv")
         if not evaluations.is_file() or len(evaluations.read_text(encoding="utf-8-sig").splitlines()) < 2:
@@ -366,17 +367,17 @@ def collect(folders, results):
         if scale not in SCALES or not method:
             print(f"{folder}: left out; its --exp-name is not a scale and a method, as in toy-xtra")
             continue
-        found = collect_run(run)
+        found = collect_run(folder, run)
         rows += found[0]
+        replaced |= {row[: 5 if len(run.curves) > 1 else 4] for row in found[0]}  # scale, method, game, seed, student
         lines += found[1]
         for game, env_id in run.env_ids.items():
             if game in run.curves and (scale, game) not in known:
                 known.add((scale, game))
                 played += play(scale, game, env_id, run.flags["eval_max_frames"])
-    replaced = {row[:4] for row in rows}
     merge(path, [*rows, *played], replaced, RUNS)
     merge(os.path.join(results, "weights.csv"), lines, replaced, WEIGHTS)
-    print(f"{path}: {len(replaced)} runs collected")
+    print(f"{path}: {len(rows)} evaluations collected")
 
 
 def play(scale, game, env_id, max_frames):
@@ -601,7 +602,7 @@ def read_scale(scale, runs, weights, paper):
     data.random = data.low | levels[0]
     data.reference = paper.human if data.atari else levels[1]
     data.best = "human" if data.atari else "perfect play"
-    key = ["method", "game", "seed"]
+    key = ["method", "game", "seed", "pretrained"]
     rows = data.all[data.all.method.isin(METHODS)].sort_values([*key, "env_steps", "updates"])
     low, high = (rows.game.map(level).astype(float) for level in (data.low, data.reference))
     rows = rows.assign(score=(rows["mean"] - low) / (high - low))
@@ -616,7 +617,9 @@ def read_scale(scale, runs, weights, paper):
     data.finals = pd.concat([trained, zero_shot])
     online = rows.merge(trained.loc[~trained.method.isin(FIGURE10), key])
     online = online.drop_duplicates([*key, "env_steps"], keep="last")
-    online = online.assign(run=online.method + online.seed.astype(str), diverse=online.method.isin(TABLE2))
+    online = online.assign(
+        run=online.method + online.seed.astype(str) + online.pretrained, diverse=online.method.isin(TABLE2)
+    )
     have = online.groupby(["game", "diverse", "env_steps"]).run.transform("nunique")
     data.curves = online[have == online.groupby(["game", "diverse"]).run.transform("nunique")]
     data.hours = data.curves.hours.notna().all()
@@ -632,7 +635,7 @@ def read_samples(data):
     values = []
     for row in data.finals.itertuples():
         values += [(row.method, row.game, "final", row.score), (row.method, row.game, "amount", row.amount)]
-    for (method, game, _), curve in data.curves.groupby(["method", "game", "seed"]):
+    for (method, game, *_), curve in data.curves.groupby(["method", "game", "seed", "pretrained"]):
         steps = curve.env_steps.to_numpy()
         if len(steps) > 1:
             early = curve.iloc[1 + np.abs(steps[1:] - steps[-1] / 5).argmin()]
@@ -815,16 +818,17 @@ def last_lines(data):
     """The last line of each run and game, and those of them that count a run once: one of several games has the same
     hours in all of them."""
     rows = data.all[~data.all.method.isin(["random", "perfect"])].sort_values(["updates", "env_steps"])
-    last = rows.groupby(["method", "game", "seed"]).tail(1).sort_values(["method", "game", "seed"])
+    key = ["method", "game", "seed", "pretrained"]
+    last = rows.groupby(key).tail(1).sort_values(key)
     which = last.hours.astype(str).where(last.hours.notna(), last.game)
-    return last, last[~last.assign(which=which).duplicated(["method", "seed", "which"])]
+    return last, last[~last.assign(which=which).duplicated(["method", "seed", "pretrained", "which"])]
 
 
 def scale_section(data, claims, drawn):
     """The part of docs/results.md about a scale. drawn: the names of the figures that there are."""
     last, runs = last_lines(data)
-    told = f"{len(runs)} runs, {runs.hours.sum():.1f} hours in all; "
-    told += f"{runs.pretrained[runs.pretrained != ''].nunique()} different students."
+    students = runs.pretrained[~runs.method.isin(FIGURE10) & (runs.pretrained != "")].nunique()
+    told = f"Runs: {len(runs)}, in {runs.hours.sum():.1f} hours; different students: {students}."
     parts = [f"## {SCALES[data.scale][0]}", f"{SCALES[data.scale][1]} {told}"]
     for title, methods, makers, names in BLOCKS:
         pictures = [name for name in drawn if name.startswith(tuple(f"{data.scale}-{x}" for x in names))]
@@ -939,7 +943,15 @@ def draw_level(panel, level, name, vertical=False, upper=False):
     low, high = panel.get_xlim() if vertical else panel.get_ylim()
     line = {"linestyle": "--", "color": "black", "linewidth": 1, "zorder": 1}
     if level > high + 0.7 * (high - low):
-        panel.text(1, 1, f"{name}: {level:,.0f}", transform=panel.transAxes, ha="right", va="bottom", fontsize=8)
+        panel.text(
+            1,
+            1,
+            f"{name}: {level:,.0f} {'→' if vertical else '↑'}",
+            transform=panel.transAxes,
+            ha="right",
+            va="bottom",
+            fontsize=8,
+        )
     elif vertical and not np.isnan(level):
         panel.axvline(level, **line)
         place = {"transform": panel.get_xaxis_transform(), "ha": "left" if upper else "right", "va": "bottom"}
@@ -1042,8 +1054,8 @@ def draw_together(data, parts, title):
     for name, methods, how in parts:
         methods = [method for method in methods if data.samples.get(f"{method}.area")]
         common = in_common(data.samples, [f"{method}.area" for method in methods])
-        needed = methods != [method for method in methods if method in ("efficientzero", "xtra", "efficientzero-l")]
-        if common and (needed or how in ("improvement", "hours")) and "efficientzero" in methods:
+        only_here = set(methods) - {"efficientzero", "efficientzero-l", "xtra"}
+        if common and len(methods) > 1 and (only_here or how in ("improvement", "hours")):
             ready.append((name, methods, how, [*common[0]]))
     if not ready:
         return None
@@ -1080,7 +1092,7 @@ def draw_improvement(panel, data, games):
     draw_line(panel, points, f"XTRA's score / EfficientZero's (n={seeds})", METHODS["xtra"][1])
     panel.set(xlabel="environment steps", ylabel="mean improvement")
     panel.set_ylim(bottom=min(0.9, panel.get_ylim()[0]))
-    draw_level(panel, 1, "the same")
+    draw_level(panel, 1, "as EfficientZero")
 
 
 def draw_weights(data, methods, title):
@@ -1125,7 +1137,7 @@ def draw_scale(data):
     parts = [("parts of the pretrained model", FIGURE8, "env_steps")]
     figures["figure8"] = draw_together(data, parts, "which networks are transferred (Figure 8)")
     figures["weights"] = draw_weights(data, ["xtra", "xtra-other"], "weights of the offline games (Figures 5b and 9)")
-    figures["figure10"] = draw_scores(data, FIGURE10, "offline: scores after pretraining (Figure 10)")
+    figures["figure10"] = draw_scores(data, FIGURE10, "scores after pretraining (Figure 10)")
     parts = [("batches of 256 and 512", FIGURE11, "final")]
     figures["figure11"] = draw_together(data, parts, f"scores {end} (Figure 11)")
     return {f"{data.scale}-{name}": figure for name, figure in figures.items() if figure is not None}
@@ -1153,7 +1165,7 @@ def publish(results):
     for name, figure in itertools.chain.from_iterable(draw_scale(data).items() for data in scales):
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # once is enough
-        with plt.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):  # identifiers are drawn by chance otherwise
+        with plt.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):  # without a salt they differ each time
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
         figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
         plt.close(figure)

@@ -1,21 +1,29 @@
-"""benchmark/report.py: its table on runs whose numbers are known, and its answers to wrong input."""
+"""benchmark/report.py: its table on runs whose numbers are known, its answers to wrong input, and the pages."""
 
 import contextlib
 import csv
 import io
+import re
 import shlex
 import shutil
+from pathlib import Path
 
+import matplotlib
+import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from test_resume import run
 from torch.utils.tensorboard import SummaryWriter
 
-from model import EfficientZeroNet, ModelConfig, save_model
+import benchmark.report as program
+from model import EfficientZeroNet, ModelConfig, load_model, save_model
 
 FLAGS = {"pretrained": None, "teachers": (), "total_timesteps": 100, "cross_task": True, "task_weights": True}
 FLAGS |= {"seed": 1, "eval_max_frames": 108_000}
 RETURNS = {0: [0, 2], 50: [4, 6], 100: [10, 14]}  # environment steps: two games each
+ROOT = Path(__file__).resolve().parent.parent
+MARKED = "\n".join(["before", *program.MARKERS, "after", ""])  # a README.md
 
 
 @pytest.fixture
@@ -29,7 +37,10 @@ def report(tmp_path, capsys):
     return report
 
 
-def make_run(folder, better=0, returns=RETURNS, scalars=True, module="toy_env", **flags):
+SCALARS = {"transfer/task_weight/Fruit-v0": {50: 0.5}, "transfer/grad_cosine/Fruit-v0": {50: 0.2}}
+
+
+def make_run(folder, better=0, returns=RETURNS, scalars=SCALARS, module="toy_env", **flags):
     """A run folder of finetune.py on Storm, whose returns are those of RETURNS and `better`."""
     folder.mkdir()
     with open(folder / "evaluations.csv", "w") as file:
@@ -38,11 +49,13 @@ def make_run(folder, better=0, returns=RETURNS, scalars=True, module="toy_env", 
         for steps, scores in returns.items():
             rows.writerows([steps, steps, i, x + better, 16, f"{module}:Storm-v0"] for i, x in enumerate(scores))
     net = EfficientZeroNet(ModelConfig.of_width(2, 1))
-    save_model(str(folder / "model.pt"), net, args=FLAGS | flags, env_ids=[f"{module}:Storm-v0", f"{module}:Fruit-v0"])
+    info = {"args": FLAGS | flags, "env_ids": [f"{module}:Storm-v0", f"{module}:Fruit-v0"]}
+    save_model(str(folder / "model.pt"), net, **info)
     if scalars:
         writer = SummaryWriter(folder)
-        writer.add_scalar("transfer/task_weight/Fruit-v0", 0.5, 50)
-        writer.add_scalar("transfer/grad_cosine/Fruit-v0", 0.2, 50)
+        for key, series in scalars.items():
+            for step, value in series.items():
+                writer.add_scalar(key, value, step)
         writer.close()
 
 
@@ -50,7 +63,7 @@ def test_seeds_of_a_method_are_one_line_beside_random_and_perfect_play(tmp_path,
     make_run(tmp_path / "a", seed=1)
     make_run(tmp_path / "b", seed=2, better=-2)
     make_run(tmp_path / "c", pretrained="student", better=5)
-    make_run(tmp_path / "d", pretrained="student", cross_task=False, better=-9, scalars=False)
+    make_run(tmp_path / "d", pretrained="student", cross_task=False, better=-9, scalars={})
     error, out = report("a", "b", "c", "d", "--threshold", "9", "--output", "new/folder/figure.png")
     assert error is None
     lines = {" ".join(line.split()[1:-6]): line.split() for line in out.splitlines() if line.startswith("Storm")}
@@ -75,7 +88,7 @@ def test_runs_that_differ_in_more_than_their_seed_are_lines_of_their_own(tmp_pat
 
 
 def test_a_run_that_was_only_evaluated_and_one_without_scalars(tmp_path, report):
-    make_run(tmp_path / "zero-shot", returns={0: [4, 6]}, scalars=False, pretrained="student", total_timesteps=0)
+    make_run(tmp_path / "zero-shot", returns={0: [4, 6]}, scalars={}, pretrained="student", total_timesteps=0)
     error, out = report("zero-shot")
     assert error is None
     assert out.splitlines()[2].split()[:6] == ["Storm-v0", "zero-shot", "1", "5.0", "5.0", "0"]
@@ -137,3 +150,235 @@ def test_a_copy_of_a_run_is_told_and_random_play_is_left_out_of_a_game_that_is_n
     assert error is None and out.split("EfficientZero")[1].split()[:2] == ["2", "1.0"]
     assert "a and b have the same flags and seed" in said.getvalue()
     assert "Storm-v0: random play is left out" in said.getvalue()
+
+
+def test_statistics_by_hand():
+    scores = {"a": np.array([1.0, 2.0]), "b": np.array([3.0, 10.0]), "c": np.array([2.0])}
+    assert program.mean(scores) == pytest.approx((1.5 + 6.5 + 2) / 3)
+    assert program.median(scores) == 2
+    assert program.iqm(scores) == pytest.approx((2 + 2 + 3) / 3)  # of 1 2 2 3 10 without a quarter, one, at each end
+    assert program.iqm({"a": np.array([[1.0, 2.0], [5.0, 6.0]])}).tolist() == [1.5, 5.5]  # of each resample
+    # a: of the pairs 1-2, 1-3, 3-2, 3-3 one is above and one the same: 1.5 of 4. b: none of one.
+    base = {"a": np.array([2.0, 3.0]), "b": np.array([5.0])}
+    assert program.probability({"a": np.array([1.0, 3.0]), "b": np.array([2.0])}, base) == (0.375 + 0) / 2
+    # a: 3 / 2; b: 1 / -3, a denominator that counts as 0.05: 20
+    base = {"a": np.array([1.0, 3.0]), "b": np.array([-3.0])}
+    assert program.improvement({"a": np.array([2.0, 4.0]), "b": np.array([1.0])}, base) == (1.5 + 20) / 2
+
+
+def test_bootstrap_by_hand():
+    # Of 0 0 0 1 a resample's mean is binomial(4, 1/4) / 4: 0 with probability 0.32, 3/4 or 1 with 0.051, 1 with 0.004.
+    assert program.estimate(program.mean, {"a": np.array([0.0, 0.0, 0.0, 1.0])}) == (0.25, 0, 0.75)
+    # Stratified: each game keeps its own seeds, so that differences between games make no interval.
+    assert program.estimate(program.mean, {"a": np.array([0.0, 0.0]), "b": np.array([1.0, 1.0])}) == (0.5, 0.5, 0.5)
+    # Two samples are drawn apart from each other: the same seeds do not cancel. Extremes 0 - 1 and 1 - 0: 1/16 each.
+    seeds = {"a": np.array([0.0, 1.0])}
+    assert program.estimate(program.difference, seeds, seeds) == (0, -1, 1)
+    value, *interval = program.estimate(program.mean, {"a": np.array([0.0, 1.0]), "b": np.array([4.0])})
+    assert value == 2.25 and np.isnan(interval).all()  # one seed
+
+
+@pytest.mark.parametrize(
+    "low, high, bounds, seeds, expected",
+    [
+        (1.1, 1.3, (1, np.inf), 3, "reproduced"),
+        (1.0, 1.3, (1, np.inf), 5, "undecided"),
+        (0.8, 1.0, (1, np.inf), 5, "not reproduced"),
+        (-0.05, 0.09, (-0.1, 0.1), 3, "reproduced"),
+        (-0.2, 0.2, (-0.1, 0.1), 9, "undecided"),
+        (0.1, 0.2, (-0.1, 0.1), 3, "not reproduced"),
+        (1.1, 1.3, (1, np.inf), 2, "too few seeds"),
+    ],
+)
+def test_verdicts_of_intervals(low, high, bounds, seeds, expected):
+    assert program.verdict(low, high, bounds, seeds) == expected
+
+
+def lines_of(method, finals, first=0, game="Storm-v0", total=100, pretrained="", **columns):
+    """Lines of runs.csv: a run for each final score, with evaluations at 0, 50 and 100 steps."""
+    lines = []
+    for seed, final in enumerate(finals, 1):
+        for step, value in ((0, first), (50, (first + final) / 2), (100, final)):
+            line = {"scale": "toy", "method": method, "game": game, "seed": seed, "pretrained": pretrained}
+            line |= {"env_steps": step, "updates": step, "total_updates": total, "mean": float(value), "std": 1.0}
+            lines.append(line | {"games": 32, "hours": step / 100, "card": "a", "commit": "b"} | columns)
+    return lines
+
+
+def read(lines, weights=()):
+    """`read_scale` of such lines, with random play 0 and perfect play 16 in Storm."""
+    levels = lines_of("random", [0])[:1] + lines_of("perfect", [0], first=16)[:1]
+    runs, weights = pd.DataFrame(lines + levels), pd.DataFrame(weights, columns=program.WEIGHTS)
+    return program.read_scale("toy", runs[program.RUNS], weights, program.read_paper(program.PAPER))
+
+
+@pytest.mark.parametrize(
+    "xtra, scratch, expected",
+    [
+        ([12, 13, 14], [5, 6, 7], "reproduced"),
+        ([5, 6, 7], [12, 13, 14], "not reproduced"),
+        ([4, 8, 12], [7, 8, 9], "undecided"),
+        ([12, 13], [5, 6, 7], "too few seeds"),
+    ],
+)
+def test_verdicts_of_runs(xtra, scratch, expected):
+    data = read(lines_of("xtra", xtra) + lines_of("efficientzero", scratch))
+    claims = data.paper.claims
+    text, verdicts, unanswered = program.claims_table(data, claims)
+    assert {"A1", "A9", "D1"} <= set(verdicts[expected])
+    assert {"A5", "B1", "D4"} <= set(unanswered)  # no mazes; no run without cross-task; none with eta
+    assert len(text.splitlines()) == 2 + sum(map(len, verdicts.values()))
+    assert set(program.CLAIMS) == set(claims) and not set(claims) & set(program.NOT_ASKED)
+
+
+def test_about_the_same_has_a_margin_and_all_parts_of_a_claim_must_hold():
+    scratch, worse = lines_of("efficientzero", [8, 8, 8]), lines_of("efficientzero-l", [6, 6, 6])
+
+    def verdict(name, lines):
+        return program.answer(program.CLAIMS[name], read(lines).samples)[0]
+
+    for final, expected in ((7.5, "reproduced"), (8, "not reproduced")):  # 1.5 and 2 of 16; the margin is 1.6
+        lines = lines_of("efficientzero-l-512", [final] * 3)
+        assert verdict("E4", worse + lines) == expected
+    small, xtra = lines_of("xtra-small", [9, 9, 9]), lines_of("xtra", [10, 10, 10])
+    assert verdict("D6", scratch + worse + small + xtra) == "reproduced"
+    assert verdict("D6", scratch + lines_of("efficientzero-l", [9, 9, 9]) + small + xtra) == "not reproduced"
+
+
+def test_scores_curves_and_samples():
+    data = read(lines_of("xtra", [8, 16], first=4, pretrained="student") + lines_of("efficientzero", [4, 8, 12]))
+    samples = {name: games["Storm-v0"].tolist() for name, games in data.samples.items()}
+    assert samples["xtra.final"] == [0.5, 1] and samples["xtra.amount"] == [0.5, 1]
+    assert samples["xtra.early"] == [0.375, 0.625]  # at 50 steps, the evaluation after 0 that is nearest to 20
+    assert samples["xtra.area"] == [0.375, 0.625]  # mean of 0.25 to 0.375 and 0.375 to 0.5
+    assert samples["zero-shot.final"] == [0.25]  # of one student, in two runs
+
+
+def test_few_seeds_are_marked_and_runs_that_have_not_ended_are_listed_but_not_counted():
+    ended = lines_of("xtra", [10, 12], pretrained="s") + lines_of("efficientzero", [4, 4, 4])
+    ended += [line | {"seed": 9, "total_updates": 200} for line in lines_of("efficientzero", [16])]
+    data = read(ended)
+    row = program.scores_table(data, program.TABLE1 + program.ZERO_SHOT).splitlines()[2]
+    cells = " | ".join(["4.0 [4.0, 4.0] (3)", "11.0 [10.0, 12.0] (2)†", "0.0", "0.0 (1)†", "16.0"])
+    assert row == f"| falling | Storm-v0 | {cells} |"
+    page = program.results_page([data], data.paper.claims, [])
+    assert "| efficientzero | Storm-v0 | 9 | - | 16.0 | 100 of 200 | 1.00 | a | b |" in page
+    assert "counted nowhere above: efficientzero Storm-v0 9." in page
+    assert "Runs: 6, in 6.0 hours; different students: 1." in page
+    assert "nothing about Atari" in page
+
+
+def test_runs_are_collected_and_collected_again(tmp_path, report):
+    cosines = {32: 0.1, 33: 0.2, 34: 0.3, 35: 0.4, 98: 0.5, 99: 0.5}
+    scalars = {"charts/hours": {0: 0, 50: 0.5, 100: 1}, "transfer/grad_cosine/Fruit-v0": cosines}
+    scalars["transfer/task_weight/Fruit-v0"] = {24: 1, 32: 1, 40: 0.75, 100: 0.75}
+    (tmp_path / "README.md").write_text(MARKED)
+    make_run(tmp_path / "a", scalars=scalars, exp_name="toy-xtra", pretrained="runs/toy/student-3/", seed=3)
+    make_run(tmp_path / "b", better=1, exp_name="toy-efficientzero", scalars={}, extra_updates=20)
+    make_run(tmp_path / "c", exp_name="finetune")
+    (tmp_path / "begun").mkdir()
+    error, out = report("--collect", "a", "b", "c", "begun")
+    assert error is None
+    assert [line for line in out.splitlines() if "left out" in line] == [
+        "c: left out; its --exp-name is not a scale and a method, as in toy-xtra"
+    ]
+    path = tmp_path / "benchmark/results/runs.csv"
+    origin = load_model(str(tmp_path / "a/model.pt"))[1]["origin"]
+    lines = list(csv.reader(path.open()))
+    assert lines[0] == program.RUNS and {(*line[-2:],) for line in lines[1:]} == {
+        ("", ""),
+        (origin["card"], origin["commit"]),
+    }
+    lines = [",".join(line[:-2]) for line in lines[1:]]
+    assert lines[:3] == [  # deviations of 0 2, 4 6 and 10 14, and of b one more
+        "toy,efficientzero,Storm-v0,1,,0,0,120,2,1,2,",
+        "toy,efficientzero,Storm-v0,1,,50,50,120,6,1,2,",
+        "toy,efficientzero,Storm-v0,1,,100,100,120,13,2,2,",
+    ]
+    assert lines[3] == "toy,perfect,Storm-v0,0,,0,0,0,16,0,100,"
+    assert lines[4].startswith("toy,random,Storm-v0,0,,0,0,0,")
+    assert lines[5:] == [
+        "toy,xtra,Storm-v0,3,student-3,0,0,100,1,1,2,0",
+        "toy,xtra,Storm-v0,3,student-3,50,50,100,5,1,2,0.5",
+        "toy,xtra,Storm-v0,3,student-3,100,100,100,12,2,2,1",
+    ]
+    # The mean is 0.25; around it -0.15 -0.05 0.05 0.15: (0.0075 - 0.0025 + 0.0075) / 0.05 = 0.25. The measurement of
+    # the updates 98 and 99 has not made an eta yet.
+    weights = tmp_path / "benchmark/results/weights.csv"
+    assert weights.read_text().splitlines()[1:] == ["toy,xtra,Storm-v0,3,Fruit-v0,36,0.75,0.25,0.25"]
+    page = (tmp_path / "docs/results.md").read_text()
+    assert "counted nowhere above: efficientzero Storm-v0 1." in page  # 100 of 120 updates
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("before\n<!--") and readme.endswith("-->\nafter\n") and "| XTRA | " in readme
+    named = {f"docs/{name}" for name in re.findall(r"\((images/.*?)\)", page)}
+    assert named and named == {str(x.relative_to(tmp_path)) for x in tmp_path.glob("docs/images/results/*.png")}
+    shutil.rmtree(tmp_path / "a")
+    make_run(tmp_path / "a", better=2, exp_name="toy-xtra", pretrained="student-3", seed=3, scalars={})
+    program.collect([str(tmp_path / "a")], str(tmp_path / "benchmark/results"))
+    again = [",".join(line[:-2]) for line in csv.reader(path.open())][1:]
+    assert again[:5] == lines[:5]  # kept; random play was not played again
+    assert again[5:] == [
+        "toy,xtra,Storm-v0,3,student-3,0,0,100,3,1,2,",
+        "toy,xtra,Storm-v0,3,student-3,50,50,100,7,1,2,",
+        "toy,xtra,Storm-v0,3,student-3,100,100,100,14,2,2,",
+    ]
+    assert len(weights.read_text().splitlines()) == 1
+
+
+def test_students_of_one_seed_that_share_a_game_are_two(tmp_path):
+    lines = [("toy", "student", "Fruit-v0", 1, name, 0, 8, 8, 1.0, 0.0, 2, None, "", "") for name in ("a", "b")]
+    lines.append(("toy", "xtra", "Storm-v0", 1, "a", 8, 8, 8, 1.0, 0.0, 2, None, "", ""))
+    path = str(tmp_path / "runs.csv")
+    program.merge(path, lines, set(), program.RUNS)
+    student, xtra = ((*line[:8], 5.0, *line[9:]) for line in (lines[1], lines[2]))
+    xtra = (*xtra[:4], "b", *xtra[5:])  # the same run, from another student
+    program.merge(path, [student, xtra], {student[:5], xtra[:4]}, program.RUNS)
+    found = program.read_csv(path, program.RUNS)
+    assert found[["pretrained", "mean"]].values.tolist() == [["a", 1], ["b", 5], ["b", 5]]
+    runs = program.read_scale("toy", found, program.read_csv("", program.WEIGHTS), program.read_paper(program.PAPER))
+    assert len(runs.finals) == 3
+
+
+def test_on_atari_the_papers_numbers_stand_beside_ours():
+    lines = [
+        line | {"scale": "paper", "game": game}
+        for game in ("Assault", "Carnival")
+        for line in lines_of("xtra", [2000] * 3)
+    ]
+    runs = pd.DataFrame(lines)[program.RUNS]
+    data = program.read_scale("paper", runs, program.read_csv("", program.WEIGHTS), program.read_paper(program.PAPER))
+    rows = program.scores_table(data, program.TABLE1 + program.ZERO_SHOT).splitlines()
+    # 2000 / 1294.6; a human has 742.0 and random play 222.4
+    assert "| 2,000.0 [2,000.0, 2,000.0] (3)<br>paper: 1,294.6, ratio 1.54 | 222.4 | 0.0 (1)†<br>paper: 92.8" in rows[2]
+    assert rows[2].endswith("| 742.0 |") and rows[3].endswith("| - |")  # Carnival has no human score
+    assert data.samples["xtra.final"]["Assault"] == pytest.approx([(2000 - 222.4) / (742.0 - 222.4)] * 3)
+    assert data.samples["xtra.final"].keys() == {"Assault"} and data.samples["xtra.amount"].keys() == {
+        "Assault",
+        "Carnival",
+    }
+    row = next(x for x in program.aggregates_table(data, program.TABLE1).splitlines() if x.startswith("| XTRA "))
+    assert "<br>paper: 2.06" in row  # Table 3's human-normalised score of Assault
+
+
+def test_pages_without_runs_or_without_a_place_in_the_readme(tmp_path, report):
+    assert report("--pages")[0].startswith("error: benchmark/results/runs.csv has no runs; put some in")
+    (tmp_path / "runs.csv").write_text(pd.DataFrame(lines_of("xtra", [3]))[program.RUNS].to_csv(index=False))
+    assert report("--pages", "--results", ".")[0].startswith("error: README.md lacks the lines <!-- results: begin -->")
+
+
+@pytest.mark.skipif(not (ROOT / "benchmark/results/runs.csv").exists(), reason="no results in benchmark/results/ yet")
+def test_the_pages_are_those_of_the_results(tmp_path, report):
+    shutil.copy(ROOT / "README.md", tmp_path)
+    assert report("--pages", "--results", str(ROOT / "benchmark/results"))[0] is None
+    for name in ("README.md", "docs/results.md"):
+        assert (tmp_path / name).read_text() == (ROOT / name).read_text(), f"{name}: report.py --pages writes another"
+    ours, theirs = ({x.name: x for x in (top / "docs/images/results").iterdir()} for top in (tmp_path, ROOT))
+    assert ours.keys() == theirs.keys()
+    for name, path in theirs.items():
+        if name.endswith(".svg") and f"Matplotlib v{matplotlib.__version__}," not in path.read_text():
+            pytest.skip("the figures were drawn by another version of matplotlib")
+    for name, path in theirs.items():
+        if name.endswith(".svg"):
+            assert path.read_bytes() == ours[name].read_bytes(), name
+        else:  # other releases of Pillow compress the same picture to other bytes
+            assert np.array_equal(Image.open(path), Image.open(ours[name])), name
