@@ -16,14 +16,15 @@ from PIL import Image
 from test_resume import run
 from torch.utils.tensorboard import SummaryWriter
 
-import benchmark.report as program
+from benchmark import pages
+from benchmark import report as program
 from model import EfficientZeroNet, ModelConfig, load_model, save_model
 
 FLAGS = {"pretrained": None, "teachers": (), "total_timesteps": 100, "cross_task": True, "task_weights": True}
 FLAGS |= {"seed": 1, "eval_max_frames": 108_000}
 RETURNS = {0: [0, 2], 50: [4, 6], 100: [10, 14]}  # environment steps: two games each
 ROOT = Path(__file__).resolve().parent.parent
-MARKED = "\n".join(["before", *program.MARKERS, "after", ""])  # a README.md
+MARKED = "\n".join(["before", *pages.MARKERS, "after", ""])  # a README.md
 
 
 @pytest.fixture
@@ -154,27 +155,27 @@ def test_a_copy_of_a_run_is_told_and_random_play_is_left_out_of_a_game_that_is_n
 
 def test_statistics_by_hand():
     scores = {"a": np.array([1.0, 2.0]), "b": np.array([3.0, 10.0]), "c": np.array([2.0])}
-    assert program.mean(scores) == pytest.approx((1.5 + 6.5 + 2) / 3)
-    assert program.median(scores) == 2
-    assert program.iqm(scores) == pytest.approx((2 + 2 + 3) / 3)  # of 1 2 2 3 10 without a quarter, one, at each end
-    assert program.iqm({"a": np.array([[1.0, 2.0], [5.0, 6.0]])}).tolist() == [1.5, 5.5]  # of each resample
+    assert pages.mean(scores) == pytest.approx((1.5 + 6.5 + 2) / 3)
+    assert pages.median(scores) == 2
+    assert pages.iqm(scores) == pytest.approx((2 + 2 + 3) / 3)  # of 1 2 2 3 10 without a quarter, one, at each end
+    assert pages.iqm({"a": np.array([[1.0, 2.0], [5.0, 6.0]])}).tolist() == [1.5, 5.5]  # of each resample
     # a: of the pairs 1-2, 1-3, 3-2, 3-3 one is above and one the same: 1.5 of 4. b: none of one.
     base = {"a": np.array([2.0, 3.0]), "b": np.array([5.0])}
-    assert program.probability({"a": np.array([1.0, 3.0]), "b": np.array([2.0])}, base) == (0.375 + 0) / 2
+    assert pages.probability({"a": np.array([1.0, 3.0]), "b": np.array([2.0])}, base) == (0.375 + 0) / 2
     # a: 3 / 2; b: 1 / -3, a denominator that counts as 0.05: 20
     base = {"a": np.array([1.0, 3.0]), "b": np.array([-3.0])}
-    assert program.improvement({"a": np.array([2.0, 4.0]), "b": np.array([1.0])}, base) == (1.5 + 20) / 2
+    assert pages.improvement({"a": np.array([2.0, 4.0]), "b": np.array([1.0])}, base) == (1.5 + 20) / 2
 
 
 def test_bootstrap_by_hand():
     # Of 0 0 0 1 a resample's mean is binomial(4, 1/4) / 4: 0 with probability 0.32, 3/4 or 1 with 0.051, 1 with 0.004.
-    assert program.estimate(program.mean, {"a": np.array([0.0, 0.0, 0.0, 1.0])}) == (0.25, 0, 0.75)
+    assert pages.estimate(pages.mean, {"a": np.array([0.0, 0.0, 0.0, 1.0])}) == (0.25, 0, 0.75)
     # Stratified: each game keeps its own seeds, so that differences between games make no interval.
-    assert program.estimate(program.mean, {"a": np.array([0.0, 0.0]), "b": np.array([1.0, 1.0])}) == (0.5, 0.5, 0.5)
+    assert pages.estimate(pages.mean, {"a": np.array([0.0, 0.0]), "b": np.array([1.0, 1.0])}) == (0.5, 0.5, 0.5)
     # Two samples are drawn apart from each other: the same seeds do not cancel. Extremes 0 - 1 and 1 - 0: 1/16 each.
     seeds = {"a": np.array([0.0, 1.0])}
-    assert program.estimate(program.difference, seeds, seeds) == (0, -1, 1)
-    value, *interval = program.estimate(program.mean, {"a": np.array([0.0, 1.0]), "b": np.array([4.0])})
+    assert pages.estimate(pages.difference, seeds, seeds) == (0, -1, 1)
+    value, *interval = pages.estimate(pages.mean, {"a": np.array([0.0, 1.0]), "b": np.array([4.0])})
     assert value == 2.25 and np.isnan(interval).all()  # one seed
 
 
@@ -191,7 +192,7 @@ def test_bootstrap_by_hand():
     ],
 )
 def test_verdicts_of_intervals(low, high, bounds, seeds, expected):
-    assert program.verdict(low, high, bounds, seeds) == expected
+    assert pages.verdict(low, high, bounds, seeds) == expected
 
 
 def lines_of(method, finals, first=0, game="Storm-v0", total=100, pretrained="", **columns):
@@ -208,8 +209,8 @@ def lines_of(method, finals, first=0, game="Storm-v0", total=100, pretrained="",
 def read(lines, weights=()):
     """`read_scale` of such lines, with random play 0 and perfect play 16 in Storm."""
     levels = lines_of("random", [0])[:1] + lines_of("perfect", [0], first=16)[:1]
-    runs, weights = pd.DataFrame(lines + levels), pd.DataFrame(weights, columns=program.WEIGHTS)
-    return program.read_scale("toy", runs[program.RUNS], weights, program.read_paper(program.PAPER))
+    runs, weights = pd.DataFrame(lines + levels), pd.DataFrame(weights, columns=pages.WEIGHTS)
+    return pages.read_scale("toy", runs[pages.RUNS], weights, pages.read_paper(pages.PAPER))
 
 
 @pytest.mark.parametrize(
@@ -224,18 +225,18 @@ def read(lines, weights=()):
 def test_verdicts_of_runs(xtra, scratch, expected):
     data = read(lines_of("xtra", xtra) + lines_of("efficientzero", scratch))
     claims = data.paper.claims
-    text, verdicts, unanswered = program.claims_table(data, claims)
+    text, verdicts, unanswered = pages.claims_table(data, claims)
     assert {"A1", "A9", "D1"} <= set(verdicts[expected])
     assert {"A5", "B1", "D4"} <= set(unanswered)  # no mazes; no run without cross-task; none with eta
     assert len(text.splitlines()) == 2 + sum(map(len, verdicts.values()))
-    assert set(program.CLAIMS) == set(claims) and not set(claims) & set(program.NOT_ASKED)
+    assert set(pages.CLAIMS) == set(claims) and not set(claims) & set(pages.NOT_ASKED)
 
 
 def test_about_the_same_has_a_margin_and_all_parts_of_a_claim_must_hold():
     scratch, worse = lines_of("efficientzero", [8, 8, 8]), lines_of("efficientzero-l", [6, 6, 6])
 
     def verdict(name, lines):
-        return program.answer(program.CLAIMS[name], read(lines).samples)[0]
+        return pages.answer(pages.CLAIMS[name], read(lines).samples)[0]
 
     for final, expected in ((7.5, "reproduced"), (8, "not reproduced")):  # 1.5 and 2 of 16; the margin is 1.6
         lines = lines_of("efficientzero-l-512", [final] * 3)
@@ -258,10 +259,10 @@ def test_few_seeds_are_marked_and_runs_that_have_not_ended_are_listed_but_not_co
     ended = lines_of("xtra", [10, 12], pretrained="s") + lines_of("efficientzero", [4, 4, 4])
     ended += [line | {"seed": 9, "total_updates": 200} for line in lines_of("efficientzero", [16])]
     data = read(ended)
-    row = program.scores_table(data, program.TABLE1 + program.ZERO_SHOT).splitlines()[2]
+    row = pages.scores_table(data, pages.TABLE1 + pages.ZERO_SHOT).splitlines()[2]
     cells = " | ".join(["4.0 [4.0, 4.0] (3)", "11.0 [10.0, 12.0] (2)†", "0.0", "0.0 (1)†", "16.0"])
     assert row == f"| falling | Storm-v0 | {cells} |"
-    page = program.results_page([data], data.paper.claims, [])
+    page = pages.results_page([data], data.paper.claims, [])
     assert "| efficientzero | Storm-v0 | 9 | - | 16.0 | 100 of 200 | 1.00 | a | b |" in page
     assert "counted nowhere above: efficientzero Storm-v0 9." in page
     assert "Runs: 6, in 6.0 hours; different students: 1." in page
@@ -276,16 +277,18 @@ def test_runs_are_collected_and_collected_again(tmp_path, report):
     make_run(tmp_path / "a", scalars=scalars, exp_name="toy-xtra", pretrained="runs/toy/student-3/", seed=3)
     make_run(tmp_path / "b", better=1, exp_name="toy-efficientzero", scalars={}, extra_updates=20)
     make_run(tmp_path / "c", exp_name="finetune")
+    make_run(tmp_path / "copy", exp_name="toy-xtra", seed=3)
     (tmp_path / "begun").mkdir()
-    error, out = report("--collect", "a", "b", "c", "begun")
+    error, out = report("--collect", "a", "b", "a/", "c", "copy", "begun")
     assert error is None
-    assert [line for line in out.splitlines() if "left out" in line] == [
-        "c: left out; its --exp-name is not a scale and a method, as in toy-xtra"
+    assert [line.split("/")[-1] for line in out.splitlines() if "left out" in line] == [
+        "c: left out; its --exp-name is not a scale and a method, as in toy-xtra",
+        "copy: left out; a run before it is of the same method, game and seed",
     ]
     path = tmp_path / "benchmark/results/runs.csv"
     origin = load_model(str(tmp_path / "a/model.pt"))[1]["origin"]
     lines = list(csv.reader(path.open()))
-    assert lines[0] == program.RUNS and {(*line[-2:],) for line in lines[1:]} == {
+    assert lines[0] == pages.RUNS and {(*line[-2:],) for line in lines[1:]} == {
         ("", ""),
         (origin["card"], origin["commit"]),
     }
@@ -329,13 +332,13 @@ def test_students_of_one_seed_that_share_a_game_are_two(tmp_path):
     lines = [("toy", "student", "Fruit-v0", 1, name, 0, 8, 8, 1.0, 0.0, 2, None, "", "") for name in ("a", "b")]
     lines.append(("toy", "xtra", "Storm-v0", 1, "a", 8, 8, 8, 1.0, 0.0, 2, None, "", ""))
     path = str(tmp_path / "runs.csv")
-    program.merge(path, lines, set(), program.RUNS)
+    program.merge(path, lines, set(), pages.RUNS)
     student, xtra = ((*line[:8], 5.0, *line[9:]) for line in (lines[1], lines[2]))
     xtra = (*xtra[:4], "b", *xtra[5:])  # the same run, from another student
-    program.merge(path, [student, xtra], {student[:5], xtra[:4]}, program.RUNS)
-    found = program.read_csv(path, program.RUNS)
+    program.merge(path, [student, xtra], {student[:5], xtra[:4]}, pages.RUNS)
+    found = pages.read_csv(path, pages.RUNS)
     assert found[["pretrained", "mean"]].values.tolist() == [["a", 1], ["b", 5], ["b", 5]]
-    runs = program.read_scale("toy", found, program.read_csv("", program.WEIGHTS), program.read_paper(program.PAPER))
+    runs = pages.read_scale("toy", found, pages.read_csv("", pages.WEIGHTS), pages.read_paper(pages.PAPER))
     assert len(runs.finals) == 3
 
 
@@ -345,9 +348,9 @@ def test_on_atari_the_papers_numbers_stand_beside_ours():
         for game in ("Assault", "Carnival")
         for line in lines_of("xtra", [2000] * 3)
     ]
-    runs = pd.DataFrame(lines)[program.RUNS]
-    data = program.read_scale("paper", runs, program.read_csv("", program.WEIGHTS), program.read_paper(program.PAPER))
-    rows = program.scores_table(data, program.TABLE1 + program.ZERO_SHOT).splitlines()
+    runs = pd.DataFrame(lines)[pages.RUNS]
+    data = pages.read_scale("paper", runs, pages.read_csv("", pages.WEIGHTS), pages.read_paper(pages.PAPER))
+    rows = pages.scores_table(data, pages.TABLE1 + pages.ZERO_SHOT).splitlines()
     # 2000 / 1294.6; a human has 742.0 and random play 222.4
     assert "| 2,000.0 [2,000.0, 2,000.0] (3)<br>paper: 1,294.6, ratio 1.54 | 222.4 | 0.0 (1)†<br>paper: 92.8" in rows[2]
     assert rows[2].endswith("| 742.0 |") and rows[3].endswith("| - |")  # Carnival has no human score
@@ -356,13 +359,13 @@ def test_on_atari_the_papers_numbers_stand_beside_ours():
         "Assault",
         "Carnival",
     }
-    row = next(x for x in program.aggregates_table(data, program.TABLE1).splitlines() if x.startswith("| XTRA "))
+    row = next(x for x in pages.aggregates_table(data, pages.TABLE1).splitlines() if x.startswith("| XTRA "))
     assert "<br>paper: 2.06" in row  # Table 3's human-normalised score of Assault
 
 
 def test_pages_without_runs_or_without_a_place_in_the_readme(tmp_path, report):
     assert report("--pages")[0].startswith("error: benchmark/results/runs.csv has no runs; put some in")
-    (tmp_path / "runs.csv").write_text(pd.DataFrame(lines_of("xtra", [3]))[program.RUNS].to_csv(index=False))
+    (tmp_path / "runs.csv").write_text(pd.DataFrame(lines_of("xtra", [3]))[pages.RUNS].to_csv(index=False))
     assert report("--pages", "--results", ".")[0].startswith("error: README.md lacks the lines <!-- results: begin -->")
 
 
