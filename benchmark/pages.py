@@ -604,7 +604,7 @@ def readme_section(scales, claims, drawn):
     told = "0 is random play, 1 a human (Atari) or perfect play (toy games). [95 % interval] (runs in games). Tables,\n"
     parts.append(told + "curves, every claim and every run: [docs/results.md](docs/results.md).")
     for data in scales:
-        parts.append(f"{SCALES[data.scale][0]}. {count_verdicts(claims_table(data, claims)[1])}")
+        parts.append(f"{SCALES[data.scale][1]} {count_verdicts(claims_table(data, claims)[1])}")
     first = f"{scales[0].scale}-table1"
     if first in drawn:
         parts.append(f"![{SCALES[scales[0].scale][0]}: scores of each method](docs/images/results/{first}.png)")
