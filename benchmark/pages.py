@@ -544,7 +544,7 @@ def count_verdicts(verdicts):
     """{verdict: identifiers} -> one line."""
     order = [x for x in ("reproduced", "not reproduced", "undecided", "too few seeds") if verdicts[x]]
     counts = "; ".join(f"{len(verdicts[x])} {x} ({', '.join(verdicts[x])})" for x in order)
-    return f"Of the paper's claims {counts or 'none can be answered yet'}."
+    return f"Of the paper's claims: {counts or 'none can be answered yet'}."
 
 
 HOW_TO_READ = f"""# Results
