@@ -451,7 +451,9 @@ def submitted_runs(path):
     if not path.exists():
         return {}, set()
     submitted = {folder: job_id for job_id, folder in map(str.split, path.read_text().splitlines())}
-    said = subprocess.run(["squeue", "--noheader", "--me", "--array", "--format=%i"], stdout=subprocess.PIPE, check=True)
+    said = subprocess.run(
+        ["squeue", "--noheader", "--me", "--array", "--format=%i"], stdout=subprocess.PIPE, check=True
+    )
     queued = {folder: job_id for folder, job_id in submitted.items() if job_id in said.stdout.decode().split()}
     return queued, submitted.keys() - queued.keys()
 

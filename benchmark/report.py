@@ -15,9 +15,12 @@ benchmark/results/ and benchmark/paper/.
 """
 
 import csv
+import glob
 import itertools
+import logging
 import os
 import sys
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +36,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import tyro  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+sys.path.append(str(ROOT / "tests"))  # the toy games
 import finetune  # noqa: E402
 import model  # noqa: E402
 from benchmark import pages  # noqa: E402
@@ -108,17 +114,41 @@ def read_run(folder):
     if not {"args", "env_ids"} <= info.keys():
         raise SystemExit(f"error: {folder}/model.pt has no flags and games; expected one of the three scripts")
     env_ids = {finetune.short_name(env_id): env_id for env_id in info["env_ids"]}
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that a resumed run logged some steps twice is known
     events = EventAccumulator(folder, size_guidance={"scalars": 0})
     events.Reload()
-    scalars = {key: events.Scalars(key) for key in events.Tags()["scalars"]}
-    scalars = {key: ([e.step for e in series], [e.value for e in series]) for key, series in scalars.items()}
+    logged = {key: events.Scalars(key) for key in events.Tags()["scalars"]}
+    scalars = {key: ([e.step for e in series], [e.value for e in series]) for key, series in logged.items()}
     run = SimpleNamespace(flags=info["args"], method=method_of(info["args"]))
     run.origin = info.get("origin", {})
     run.env_ids = env_ids
     run.returns = dict(returns)
     run.curves = dict(curves)
     run.scalars = scalars
+    run.times = read_times(folder, logged)
     return run
+
+
+def read_times(folder, logged):
+    """When the evaluations of a run were -> {updates: (hours, day)}. Hours are those since the run began, without its
+    interruptions: a process counts from its first event to its last.
+
+    logged: {key: events of TensorBoard}.
+    """
+    starts = []
+    for path in glob.glob(f"{glob.escape(folder)}/events.*"):
+        starts += [event.wall_time for event in itertools.islice(EventFileLoader(path).Load(), 1)]
+    starts = np.sort(starts)
+    seconds = np.array(sorted(event.wall_time for series in logged.values() for event in series))
+    times = {}
+    evaluations = [series for key, series in logged.items() if key.startswith("eval/episodic_return")]
+    for event in itertools.chain(*evaluations):
+        taken = 0.0
+        for start, stop in zip(starts, [*starts[1:], np.inf], strict=True):
+            of_process = seconds[(start <= seconds) & (seconds < stop) & (seconds <= event.wall_time)]
+            taken += of_process.max() - start if len(of_process) else 0.0
+        times[event.step] = taken / 3600, time.strftime("%Y-%m-%d", time.gmtime(event.wall_time))
+    return times
 
 
 def random_play(env_id, max_frames):
@@ -265,13 +295,12 @@ def collect_run(folder, run):
     pretrained = folder if len(run.curves) > 1 else run.flags.get("pretrained")
     pretrained = os.path.basename(os.path.abspath(pretrained)) if pretrained else ""
     total = run.flags.get("num_updates") or run.flags["total_timesteps"] + run.flags.get("extra_updates", 0)
-    hours = dict(zip(*run.scalars.get("charts/hours", ((), ())), strict=True))
     origin = run.origin.get("card", ""), run.origin.get("commit", "")
     rows = []
     for (game, env_steps, updates), scores in run.returns.items():
         place = scale, method, game, seed, pretrained, env_steps, updates, total
-        taken = round(hours[updates], 4) if updates in hours else None
-        rows.append((*place, np.mean(scores), np.std(scores), len(scores), taken, *origin))
+        hours, day = run.times.get(updates, (np.nan, ""))
+        rows.append((*place, np.mean(scores), np.std(scores), len(scores), round(hours, 4), day, *origin))
     lines = []
     for key, (steps, cosines) in run.scalars.items():
         if key.startswith("transfer/grad_cosine/"):
@@ -333,7 +362,7 @@ def play(scale, game, env_id, max_frames):
         print(f"{game}: random play is left out; {stop.code}")
         return []
     numbers = {name: (np.mean(x), np.std(x), len(x)) for name, x in levels.items() if x is not None}
-    return [(scale, name, game, 0, "", 0, 0, 0, *three, None, "", "") for name, three in numbers.items()]
+    return [(scale, name, game, 0, "", 0, 0, 0, *three, None, "", "", "") for name, three in numbers.items()]
 
 
 if __name__ == "__main__":

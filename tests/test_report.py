@@ -6,6 +6,7 @@ import io
 import re
 import shlex
 import shutil
+import time
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import run
 from torch.utils.tensorboard import SummaryWriter
 
@@ -202,7 +204,7 @@ def lines_of(method, finals, first=0, game="Storm-v0", total=100, pretrained="",
         for step, value in ((0, first), (50, (first + final) / 2), (100, final)):
             line = {"scale": "toy", "method": method, "game": game, "seed": seed, "pretrained": pretrained}
             line |= {"env_steps": step, "updates": step, "total_updates": total, "mean": float(value), "std": 1.0}
-            lines.append(line | {"games": 32, "hours": step / 100, "card": "a", "commit": "b"} | columns)
+            lines.append(line | {"games": 32, "hours": step / 100, "day": "", "card": "a", "commit": "b"} | columns)
     return lines
 
 
@@ -269,9 +271,27 @@ def test_few_seeds_are_marked_and_runs_that_have_not_ended_are_listed_but_not_co
     assert "nothing about Atari" in page
 
 
+def test_hours_are_those_of_all_processes_without_the_interruption(tmp_path, monkeypatch):
+    day = 20_000 * 86_400  # 4 October 2024
+    for began, evaluations in ((day, {0: 60, 50: 7_200}), (day + 90_000, {100: 3_600, 150: 7_200})):
+        monkeypatch.setattr(time, "time", lambda now=began: now)  # of the first event of a file
+        writer = SummaryWriter(tmp_path)
+        for updates, seconds in evaluations.items():
+            writer.add_scalar("eval/episodic_return", 1.0, updates, walltime=began + seconds)
+        writer.add_scalar("losses/loss", 1.0, updates + 10, walltime=began + seconds + 1_800)  # then it was killed
+        writer.close()
+    monkeypatch.undo()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    times = program.read_times(str(tmp_path), {key: events.Scalars(key) for key in events.Tags()["scalars"]})
+    hours = {0: 1 / 60, 50: 2, 100: 2.5 + 1, 150: 2.5 + 2}
+    assert times == {
+        step: (pytest.approx(x), "2024-10-04" if step < 100 else "2024-10-05") for step, x in hours.items()
+    }
+
+
 def test_runs_are_collected_and_collected_again(tmp_path, report):
     cosines = {32: 0.1, 33: 0.2, 34: 0.3, 35: 0.4, 98: 0.5, 99: 0.5}
-    scalars = {"charts/hours": {0: 0, 50: 0.5, 100: 1}, "transfer/grad_cosine/Fruit-v0": cosines}
+    scalars = {"transfer/grad_cosine/Fruit-v0": cosines}
     scalars["transfer/task_weight/Fruit-v0"] = {24: 1, 32: 1, 40: 0.75, 100: 0.75}
     (tmp_path / "README.md").write_text(MARKED)
     make_run(tmp_path / "a", scalars=scalars, exp_name="toy-xtra", pretrained="runs/toy/student-3/", seed=3)
@@ -292,7 +312,7 @@ def test_runs_are_collected_and_collected_again(tmp_path, report):
         ("", ""),
         (origin["card"], origin["commit"]),
     }
-    lines = [",".join(line[:-2]) for line in lines[1:]]
+    lines = [",".join(line[:-3]) for line in lines[1:]]
     assert lines[:3] == [  # deviations of 0 2, 4 6 and 10 14, and of b one more
         "toy,efficientzero,Storm-v0,1,,0,0,120,2,1,2,",
         "toy,efficientzero,Storm-v0,1,,50,50,120,6,1,2,",
@@ -301,9 +321,9 @@ def test_runs_are_collected_and_collected_again(tmp_path, report):
     assert lines[3] == "toy,perfect,Storm-v0,0,,0,0,0,16,0,100,"
     assert lines[4].startswith("toy,random,Storm-v0,0,,0,0,0,")
     assert lines[5:] == [
-        "toy,xtra,Storm-v0,3,student-3,0,0,100,1,1,2,0",
-        "toy,xtra,Storm-v0,3,student-3,50,50,100,5,1,2,0.5",
-        "toy,xtra,Storm-v0,3,student-3,100,100,100,12,2,2,1",
+        "toy,xtra,Storm-v0,3,student-3,0,0,100,1,1,2,",
+        "toy,xtra,Storm-v0,3,student-3,50,50,100,5,1,2,",
+        "toy,xtra,Storm-v0,3,student-3,100,100,100,12,2,2,",
     ]
     # The mean is 0.25; around it -0.15 -0.05 0.05 0.15: (0.0075 - 0.0025 + 0.0075) / 0.05 = 0.25. The measurement of
     # the updates 98 and 99 has not made an eta yet.
@@ -318,7 +338,7 @@ def test_runs_are_collected_and_collected_again(tmp_path, report):
     shutil.rmtree(tmp_path / "a")
     make_run(tmp_path / "a", better=2, exp_name="toy-xtra", pretrained="student-3", seed=3, scalars={})
     program.collect([str(tmp_path / "a")], str(tmp_path / "benchmark/results"))
-    again = [",".join(line[:-2]) for line in csv.reader(path.open())][1:]
+    again = [",".join(line[:-3]) for line in csv.reader(path.open())][1:]
     assert again[:5] == lines[:5]  # kept; random play was not played again
     assert again[5:] == [
         "toy,xtra,Storm-v0,3,student-3,0,0,100,3,1,2,",
@@ -329,8 +349,8 @@ def test_runs_are_collected_and_collected_again(tmp_path, report):
 
 
 def test_students_of_one_seed_that_share_a_game_are_two(tmp_path):
-    lines = [("toy", "student", "Fruit-v0", 1, name, 0, 8, 8, 1.0, 0.0, 2, None, "", "") for name in ("a", "b")]
-    lines.append(("toy", "xtra", "Storm-v0", 1, "a", 8, 8, 8, 1.0, 0.0, 2, None, "", ""))
+    lines = [("toy", "student", "Fruit-v0", 1, name, 0, 8, 8, 1.0, 0.0, 2, None, "", "", "") for name in ("a", "b")]
+    lines.append(("toy", "xtra", "Storm-v0", 1, "a", 8, 8, 8, 1.0, 0.0, 2, None, "", "", ""))
     path = str(tmp_path / "runs.csv")
     program.merge(path, lines, set(), pages.RUNS)
     student, xtra = ((*line[:8], 5.0, *line[9:]) for line in (lines[1], lines[2]))
