@@ -1,6 +1,6 @@
 """The paper's experiments: which runs they need, in which order, and a pool or a cluster that does them.
 
-    python benchmark/matrix.py --list                                           # what every table and figure costs
+    python benchmark/matrix.py --list                                     # what every table and figure costs
     python benchmark/matrix.py --experiments table1 --games mazes --seeds 1 2 3 --slots 4
     python benchmark/matrix.py --experiments figure8 --backend slurm --dry-run
 
@@ -14,6 +14,7 @@ import csv
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,20 +38,21 @@ from speed import override  # noqa: E402
 import model  # noqa: E402
 
 # --- the paper's experiments ---
-METHODS = {  # of stage 2, but for "efficientzero": the kind of student it starts from, and its own flags
-    "efficientzero-l": (None, "{large}"),
-    "efficientzero-l-512": (None, "{large} {twice_the_batch}"),
+METHODS = {  # of stage 2: the kind of student it starts from, and its own flags; {names} are those of the scale below
+    "efficientzero": (None, "{small_h}"),
+    "efficientzero-l": (None, "{large_h}"),
+    "efficientzero-l-512": (None, "{large_h} {twice_the_batch}"),
     "xtra": ("student", ""),
     "xtra-other": ("other-student", ""),  # of the other category's games
     "xtra-small": ("small-student", ""),
     "wo-cross-task": ("student", "--no-cross-task"),
-    "wo-pretraining": ("teachers", "{large}"),  # the student's teachers, for their data and answers
+    "wo-pretraining": ("teachers", "{large_h}"),  # the student's teachers, for their data and answers
     "wo-task-weights": ("student", "--no-task-weights"),
     "frozen-h": ("student", "--freeze-representation"),
     "transfer-hg": ("student", "--transfer hg"),
     "transfer-h": ("student", "--transfer h"),
     "bc": ("cloned", "--total-timesteps 0 --num-simulations 0"),  # zero-shot; XTRA's is the first evaluation of "xtra"
-    "diverse-efficientzero": (None, "{small} {extra}"),
+    "diverse-efficientzero": (None, "{small_h} {extra}"),
     "diverse-xtra": ("diverse-student", "{extra}"),
 }
 EXPERIMENTS = {  # the methods of a table or figure; those of stage 1 are the models that Figure 10 compares
@@ -65,6 +67,7 @@ EXPERIMENTS = {  # the methods of a table or figure; those of stage 1 are the mo
     "figure10": ["teacher", "student", "multi-game"],
     "figure11": ["efficientzero", "efficientzero-l", "efficientzero-l-512", "xtra"],
 }
+PIECES = {"small-teacher", "small-student", "diverse-student", "cloned"}  # which only others need
 EVERY_CATEGORY = {"table1", "figure5"}  # the other figures are of the first: the paper's are of shooters
 
 SHOOTERS = ["Assault", "Carnival", "Centipede", "DemonAttack", "Phoenix"]
@@ -85,8 +88,8 @@ SCALES = {  # sizes, games and budgets; what a method is and which runs it needs
         "online": "",  # flags of finetune.py
         "teacher": "",
         "student": "",
-        "small": "--blocks 1",
-        "large": "--blocks 4",
+        "small_h": "--blocks 1",
+        "large_h": "--blocks 4",
         "twice_the_batch": "--batch-size 512",
         "extra": "--extra-updates 20000",
         "environment": {},
@@ -102,8 +105,8 @@ SCALES = {  # sizes, games and budgets; what a method is and which runs it needs
             --offline-batch-size 32 --similarity-start 400 --similarity-interval 400 --similarity-updates 40""",
         "teacher": f"{CPU_SIZE} --num-updates 4000 --target-interval 100",
         "student": f"{CPU_SIZE} --num-updates 4000",
-        "small": "--blocks 1",
-        "large": "--blocks 2",
+        "small_h": "--blocks 1",
+        "large_h": "--blocks 2",
         "twice_the_batch": "--batch-size 64",
         "extra": "--extra-updates 800",
         "environment": {"OMP_NUM_THREADS": "1"},
@@ -122,8 +125,8 @@ SCALES = {  # sizes, games and budgets; what a method is and which runs it needs
             --offline-batch-size 16 --similarity-start 48 --similarity-interval 48 --similarity-updates 16""",
         "teacher": f"{TOY_SIZE} --num-updates 400 --eval-every 80 --target-interval 48",
         "student": f"{TOY_SIZE} --num-updates 320 --eval-every 80",
-        "small": "--blocks 1",
-        "large": "--blocks 2",
+        "small_h": "--blocks 1",
+        "large_h": "--blocks 2",
         "twice_the_batch": "--batch-size 32",
         "extra": "--extra-updates 64",
         # On a GPU each of these runs would compile for a minute.
@@ -134,16 +137,17 @@ SCALES = {  # sizes, games and budgets; what a method is and which runs it needs
 
 @dataclass
 class Args:
-    experiments: tuple[Literal[tuple(EXPERIMENTS)], ...] = tuple(EXPERIMENTS)  # tables and figures of the paper
+    experiments: tuple[Literal[tuple(EXPERIMENTS)], ...] = ()  # tables and figures of the paper; --list: all
+    methods: tuple[str, ...] = ()  # only these methods of the experiments, and what they need; default: all
     games: tuple[str, ...] = ()  # target games or categories; default: the paper's for each experiment
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # of stage 2; also of stage 1, if each seed has a student of its own
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # of stage 2; those of data, teachers and students: see --students
     scale: Literal[tuple(SCALES)] = "paper"  # toy: tests/toy_env.py; small: real Atari, reduced, on a CPU
-    students: int | None = None  # students of seeds 1, 2, ... that the seeds share; default: paper and small 1, toy 5
+    students: int | None = None  # students, of seeds 1, 2, ..., that --seeds take in turn; default: 1, toy: 5
     folder: str | None = None  # where the run folders are; default: runs/{scale}
     list: bool = False  # whether to print all commands with their cost, and do nothing
     card: str | None = None  # of the prices: H200 or H100-floor (paper), CPU (small, toy)
     backend: Literal["local", "slurm"] = "local"  # a pool of processes here, or array jobs of benchmark/slurm.sh
-    slots: int | None = None  # runs at a time, of the local pool; default: one for each GPU, else 1
+    slots: int | None = None  # runs at a time, of the local pool; default: one for each GPU; on a CPU give it
     dry_run: bool = False  # whether the slurm backend prints what it would submit, and does nothing
 
 
@@ -153,7 +157,9 @@ def add_run(jobs, plan, method, games, seed, words, needs=()):
     name = model.file_name(f"{method}__{games}__{seed}")
     folder = f"{plan.folder}/{name}"
     words = f"{words} --seed {seed} --exp-name {plan.scale_name}-{method} --run-dir {folder} --resume"
-    words = override(words.format(**vars(plan)).split())  # `method` beats the flags of the scale
+    words = override(
+        words.format(**vars(plan)).split()
+    )  # of a flag given twice the last: the method's, not the scale's
     jobs.setdefault(folder, SimpleNamespace(method=method, folder=folder, words=words, needs=tuple(needs)))
     return folder
 
@@ -161,13 +167,13 @@ def add_run(jobs, plan, method, games, seed, words, needs=()):
 def add_scratch(jobs, plan, game, seed):
     """EfficientZero: the baseline of a game, and what its teacher learns from."""
     folder = f"{plan.folder}/{model.file_name(f'efficientzero__{game}__{seed}')}"
-    words = f"finetune.py {plan.online} {plan.small} --env-id {plan.env_id.format(game)}"
+    words = f"finetune.py {plan.online} {METHODS['efficientzero'][1]} --env-id {plan.env_id.format(game)}"
     return add_run(jobs, plan, "efficientzero", game, seed, f"{words} --save-dataset {folder}/dataset.npz")
 
 
 def add_teachers(jobs, plan, games, seed, size):
     """One teacher for each game -> their folders."""
-    prefix = "small-" if size == plan.small else ""
+    prefix = "small-" if size == plan.small_h else ""
     folders = []
     for game in games:
         source = add_scratch(jobs, plan, game, seed)
@@ -180,13 +186,13 @@ def add_multi_game(jobs, plan, games, seed, name):
     """Offline RL on all games at once, without teachers (App. C)."""
     sources = [add_scratch(jobs, plan, game, seed) for game in games]
     data = " ".join(f"{source}/dataset.npz" for source in sources)
-    words = f"pretrain_teacher.py --datasets {data} {plan.teacher} {plan.large}"
+    words = f"pretrain_teacher.py --datasets {data} {plan.teacher} {plan.large_h}"
     return add_run(jobs, plan, "multi-game", name, seed, words, sources)
 
 
 def add_student(jobs, plan, kind, games, seed, name):
     """A student of the teachers of `games`. kind: student, diverse-student, small-student, or cloned."""
-    size = plan.small if kind == "small-student" else plan.large
+    size = plan.small_h if kind == "small-student" else plan.large_h
     teachers = add_teachers(jobs, plan, games, seed, size)
     words = f"distill.py --teachers {' '.join(teachers)} {plan.student} {size}"
     words += " --policy-target actions" if kind == "cloned" else ""
@@ -197,7 +203,7 @@ def offline_games(plan, target, kind):
     """The games that a student for this target has learned, and what the student is called."""
     if kind == "diverse-student":
         return plan.diverse, "diverse"
-    category = next(name for name, games in plan.categories.items() if target in games)
+    [category] = [name for name, games in plan.targets.items() if target in games]
     if kind == "other-student":  # of another category: the student of its last game
         category = next(name for name in plan.categories if name != category)
         target = plan.categories[category][-1]
@@ -206,26 +212,26 @@ def offline_games(plan, target, kind):
 
 def add_method(jobs, plan, method, game, seed):
     """A model of the paper for one target game, with all that it needs."""
-    chain = 1 + (seed - 1) % plan.students  # seed of stage 1
+    first_seed = 1 + (seed - 1) % plan.students  # of stage 1: data, teachers, student
     if method == "efficientzero":
         return add_scratch(jobs, plan, game, seed)
     if method in ("teacher", "student", "multi-game"):
         games, name = offline_games(plan, game, "student")
         if method == "teacher":
-            return add_teachers(jobs, plan, games, chain, plan.large)
+            return add_teachers(jobs, plan, games, first_seed, plan.large_h)
         if method == "multi-game":
-            return add_multi_game(jobs, plan, games, chain, name)
-        return add_student(jobs, plan, "student", games, chain, name)
+            return add_multi_game(jobs, plan, games, first_seed, name)
+        return add_student(jobs, plan, "student", games, first_seed, name)
     start, flags = METHODS[method]
     needs = []
     if start:
         games, name = offline_games(plan, game, start)
         if start == "teachers":
-            needs = add_teachers(jobs, plan, games, chain, plan.large)
+            needs = add_teachers(jobs, plan, games, first_seed, plan.large_h)
             flags += f" --teachers {' '.join(needs)}"
         else:
             kind = "student" if start == "other-student" else start
-            needs = [add_student(jobs, plan, kind, games, chain, name)]
+            needs = [add_student(jobs, plan, kind, games, first_seed, name)]
             flags += f" --pretrained {needs[0]}"
     words = f"finetune.py {plan.online} --env-id {plan.env_id.format(game)} {flags}"
     return add_run(jobs, plan, method, game, seed, words, needs)
@@ -243,13 +249,18 @@ def choose_games(plan, experiment, games):
     return [game for group in groups.values() for game in group if game in wanted]
 
 
-def plan_runs(plan, experiments, games, seeds):
-    """All runs of the experiments, in an order in which each comes after what it needs: {folder: run}."""
+def plan_runs(plan, experiments, games, seeds, methods=()):
+    """All runs of the experiments, in an order in which each comes after what it needs: {folder: run}.
+
+    games, methods: only these and what they need; none: all.
+    """
     jobs = {}
     for seed in seeds:
         for experiment in experiments:
             for game in choose_games(plan, experiment, games):
                 for method in EXPERIMENTS[experiment]:
+                    if methods and method not in methods:
+                        continue
                     add_method(jobs, plan, method, game, seed)
     return jobs
 
@@ -259,7 +270,7 @@ def read_prices(scale, card):
     """What runs cost at a scale on a card, by benchmark/prices.csv -> {method: {"hours": (0.9, "scaled"), ...}}.
 
     measured: in such a run; scaled: from a shorter one; counted: from bytes and FLOPs; guessed: from another method.
-    card: None for the first of the scale.
+    The row of "others" is for all methods that have none. card: None for the first of the scale.
     """
     with open(ROOT / "benchmark" / "prices.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["scale"] == scale]
@@ -267,7 +278,7 @@ def read_prices(scale, card):
     card = card or cards[0]
     if card not in cards:
         raise SystemExit(f"error: --card {card} has no prices at --scale {scale}; choose of {', '.join(cards)}")
-    prices = {}
+    prices = defaultdict(lambda: prices["others"])
     for row in rows:
         if row["card"] == card:
             cells = {name: row[name].split() for name in ("hours", "memory_gb", "disk_gb")}
@@ -302,14 +313,18 @@ def cost(jobs, prices):
     return f"{len(jobs)} | {hours.total():,.1f} | {parts} | {memory:g} {how} | {disk:.1f}"
 
 
-def print_totals(plan, experiments, games, seeds, prices):
-    """What each experiment costs by itself, and all of them, which share pieces: a Markdown table."""
-    print("\n| experiment | runs | hours | of which | GB of memory | GB on the disk |\n|---|---|---|---|---|---|")
-    for chosen in [[experiment] for experiment in experiments] + [experiments]:
-        jobs = plan_runs(plan, chosen, games, seeds)
-        name = chosen[0] if len(chosen) == 1 else "all of these together"
-        if jobs:
-            print(f"| {name} | {cost(jobs, prices)} |")
+def print_totals(plans, left, prices):
+    """A Markdown table of what experiments cost, each by itself and all of them, which share pieces.
+
+    plans: {experiment: its runs}. left: the runs of all that are not done yet.
+    """
+    print("\n| experiment | runs | hours | of which | GB of GPU memory, or RAM | GB on the disk |")
+    print("|---|---|---|---|---|---|")
+    together = {folder: job for jobs in plans.values() for folder, job in jobs.items()}
+    rows = plans | {"all of these together": together} if len(plans) > 1 else dict(plans)
+    rows |= {"left to do": left} if 0 < len(left) < len(together) else {}
+    for name, jobs in rows.items():
+        print(f"| {name} | {cost(jobs, prices)} |")
 
 
 # --- the state of a run ---
@@ -461,7 +476,7 @@ def submitted_runs(path):
 def run_slurm(jobs, folder, environment, dry_run):
     """Submits what is neither done nor queued: one array for all runs that need the same others."""
     files = ROOT / folder / "slurm"
-    ids, ended = ({}, set()) if dry_run else submitted_runs(files / "submitted.txt")  # {folder: job id}
+    ids, ended = submitted_runs(files / "submitted.txt") if shutil.which("squeue") else ({}, set())  # {folder: job id}
     done = {job.folder for job in jobs.values() if is_done(job, environment)}
     arrays = defaultdict(list)  # {what they need: runs}
     for job in jobs.values():
@@ -499,7 +514,8 @@ def run_slurm(jobs, folder, environment, dry_run):
         if not dry_run:
             with open(files / "submitted.txt", "a") as file:
                 file.writelines(f"{ids[job.folder]} {job.folder}\n" for job in runs)
-    print(f"{len(done)} done, {sum(map(len, arrays.values()))} to submit, in {len(arrays)} arrays")
+    count = sum(map(len, arrays.values()))
+    print(f"{len(done)} done, {len(jobs) - len(done) - count} queued, {count} to submit, in {len(arrays)} arrays")
 
 
 if __name__ == "__main__":
@@ -519,19 +535,35 @@ if __name__ == "__main__":
     if unknown:
         choice = ", ".join(sorted(known))
         raise SystemExit(f"error: --games {unknown[0]} is no target at --scale {args.scale}; choose of {choice}")
-    jobs = plan_runs(plan, args.experiments, args.games, args.seeds)
+    methods = {method for names in EXPERIMENTS.values() for method in names}
+    unknown = [method for method in args.methods if method not in methods]
+    if unknown:
+        raise SystemExit(f"error: --methods {unknown[0]} is none; choose of {', '.join(sorted(methods))}")
+    if not args.experiments and not args.list:
+        raise SystemExit(f"error: --experiments is empty; give some of {', '.join(EXPERIMENTS)}, or --list")
+    experiments = args.experiments or EXPERIMENTS
+    plans = {name: plan_runs(plan, [name], args.games, args.seeds, args.methods) for name in experiments}
+    for name in [name for name, runs in plans.items() if not runs]:
+        print(f"{name} has none of these games and methods", file=sys.stderr)
+        del plans[name]
+    jobs = plan_runs(plan, plans, args.games, args.seeds, args.methods)
     if not jobs:
-        raise SystemExit("error: none of the --experiments has these --games; table2 has others than the rest")
+        raise SystemExit("error: nothing to do: none of the --experiments has these --games and --methods")
     prices = read_prices(args.scale, args.card)
     if args.list:
         print_commands(jobs, prices, plan.environment)
-        print_totals(plan, args.experiments, args.games, args.seeds, prices)
+        left = {folder: job for folder, job in jobs.items() if not is_done(job, plan.environment)}
+        print_totals(plans, left, prices)
         sys.exit()
     if args.backend == "slurm":
         run_slurm(jobs, plan.folder, plan.environment, args.dry_run)
         sys.exit()
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     gpus = [gpu for gpu in gpus if gpu]
+    if not (gpus or args.slots or plan.environment.get("CUDA_VISIBLE_DEVICES") == ""):
+        raise SystemExit(
+            "error: there is no GPU here, without which a run may take weeks; give --slots if that is meant"
+        )
     slots = args.slots or max(1, len(gpus))
     (ROOT / plan.folder).mkdir(parents=True, exist_ok=True)
     try:

@@ -20,6 +20,8 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import scipy.stats  # noqa: E402
 
+from benchmark import matrix  # noqa: E402
+
 # method -> its name, its colour (colour-blind safe within a figure), its column in benchmark/paper/
 METHODS = {
     "efficientzero": ("EfficientZero", "#0072B2", "EfficientZero"),
@@ -54,13 +56,9 @@ SCALES = {  # in the order of the pages
     "small": ("Atari, reduced", "Real Atari games with smaller networks and fewer steps than the paper's."),
     "toy": ("Toy games", "Small pixel games (tests/toy_env.py) and small networks: **nothing about Atari**."),
 }
-TARGETS = {  # category: the games that the methods are compared in
-    "shooters": ["Assault", "Carnival", "Centipede", "DemonAttack", "Phoenix"],
-    "mazes": ["Alien", "Amidar", "BankHeist", "MsPacman", "WizardOfWor"],
-    "diverse": ["Assault", "BattleZone", "Hero", "Krull", "Seaquest"],
-    "falling": ["Storm-v0"],
-    "catching": ["Catch-v3"],
-}
+# category: the games that the methods are compared in
+TARGETS = matrix.SCALES["paper"]["targets"] | {"diverse": matrix.SCALES["paper"]["diverse_targets"]}
+TARGETS |= matrix.SCALES["toy"]["targets"]
 RUNS = ["scale", "method", "game", "seed", "pretrained", "env_steps", "updates", "total_updates"]
 RUNS += ["mean", "std", "games", "hours", "day", "card", "commit"]  # the columns of runs.csv
 WEIGHTS = ["scale", "method", "game", "seed", "offline_game", "updates", "eta", "cosine", "autocorrelation"]

@@ -43,7 +43,7 @@ sys.path[:0] = [str(ROOT)]
 sys.path.append(str(ROOT / "tests"))  # the toy games
 import finetune  # noqa: E402
 import model  # noqa: E402
-from benchmark import pages  # noqa: E402
+from benchmark import matrix, pages  # noqa: E402
 
 COLOURS = ["tab:red", "tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:brown", "tab:pink", "tab:olive"]
 EXPLAINED = {
@@ -337,6 +337,8 @@ def collect(folders, results):
         if scale not in pages.SCALES or not method:
             print(f"{folder}: left out; its --exp-name is not a scale and a method, as in toy-xtra")
             continue
+        if method not in pages.METHODS and method not in matrix.PIECES:
+            print(f"{folder}: collected, but on no page; METHODS of benchmark/pages.py lacks {method}")
         found = collect_run(folder, run)
         which = {row[: 5 if len(run.curves) > 1 else 4] for row in found[0]}  # scale, method, game, seed, student
         if which & replaced:

@@ -1,12 +1,12 @@
 #!/bin/bash
 # One run as a Slurm job; benchmark/matrix.py --backend slurm submits arrays of them. Edit what a job gets: "#SBATCH" is
-# read, "# SBATCH" is a comment.
+# read, "##SBATCH" is a comment.
 #SBATCH --gres=gpu:1
 #SBATCH --cpus-per-task=8
 #SBATCH --mem=64G
 #SBATCH --time=24:00:00
-# SBATCH --partition=NAME
-# SBATCH --account=NAME
+##SBATCH --partition=NAME
+##SBATCH --account=NAME
 # Without GPUs: comment --gres out.
 # A run may be longer than --time: two minutes before its end the job goes back into the queue, and the run goes on from
 # its checkpoint. Slurm may send that signal a minute early; --time has to be more than three minutes.
