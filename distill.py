@@ -629,6 +629,7 @@ if __name__ == "__main__":
                 file.write(evaluations.encode())
             folders = teacher_folders(datasets, run_dir)
             info = {"args": vars(args), "env_ids": env_ids, "teacher_folders": folders}
+            info["data"] = dict(zip(env_ids, checksums, strict=True))
             model.save_model(f"{run_dir}/model.pt", net, **info, updates=updates, scores=scores)
         if last:
             break

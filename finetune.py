@@ -977,6 +977,8 @@ if __name__ == "__main__":
 
     info = {"args": vars(args), "env_ids": [args.env_id, *env_ids]}
     info["teacher_folders"] = teacher_folders(datasets, run_dir)
+    info["data"] = dict(zip(env_ids, checksums, strict=True))
+    info["pretrained_on"] = origin.get("data", {})
 
     if args.save_dataset and os.path.exists(args.save_dataset):  # right if the run had been done
         data = model.read_dataset(args.save_dataset)

@@ -36,9 +36,9 @@ import time
 import zipfile
 import zlib
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
-from importlib.metadata import version
 from types import SimpleNamespace
 
+import ale_py
 import filelock
 import gymnasium as gym
 import numpy as np
@@ -821,14 +821,18 @@ def save_model(path, net, **info):
 
 @functools.cache
 def code_origin():
-    """The commit of the code ("+": and changes; "unknown" without git), the versions, and the command: plain values."""
-    describe = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--exclude=*"]
+    """The commit of the code when it was first asked ("+": Python files were changed or added; "unknown" without git),
+    the versions, and the command: plain values."""
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a git hook
+    ask = functools.partial(subprocess.check_output, stdin=-3, stderr=-3, timeout=20, env=environment, text=True)
     try:
-        said = subprocess.run([*describe, "--dirty=+"], capture_output=True, text=True, check=True)
-        commit = said.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or files that were copied out of a checkout
+        commit = ask([*git, "rev-parse", "HEAD"])[:7]
+        commit += "+" * bool(ask([*git, "status", "--porcelain", "--", ":/*.py"]))
+    except (OSError, subprocess.SubprocessError):  # no git, or files that were copied out of a checkout
         commit = "unknown"
-    versions = {"python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy", "ale-py")}
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    versions |= {"numpy": np.__version__, "ale-py": ale_py.__version__}
     words = [os.path.basename(sys.argv[0]), *(word for word in sys.argv[1:] if word != "--resume")]
     return {"commit": commit, "versions": versions, "command": shlex.join(["python", *words])}
 
@@ -851,15 +855,20 @@ def model_card(info):
     info: what `load_model` returns beside the network; what it lacks is left out.
     """
     origin, args, scores = info["origin"], info.get("args", {}), info.get("scores", {})
-    games = info.get("env_ids", list(scores))
+    data, pretrained = (
+        ", ".join(f"{game} {checksum[:12]}" for game, checksum in info.get(name, {}).items())
+        for name in ("data", "pretrained_on")
+    )
     versions = ", ".join(f"{name} {number}" for name, number in origin["versions"].items())
     rows = {"command": f"`{origin['command']}`", "commit": origin["commit"], "versions": versions}
     rows |= {"hardware": origin["card"], "seed": args.get("seed"), "updates": info.get("updates")}
-    rows |= {"environment steps": info.get("env_steps"), "games learned from": ", ".join(games)}
-    rows |= {"sha256 of offline data and answers": ", ".join(info.get("teacher_folders", {}))}
+    rows |= {"environment steps of its own": info.get("env_steps"), "offline data, sha256": data}
+    rows |= {"pretrained on data, sha256": pretrained}
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items() if value not in (None, ""))
     returns = "".join(f"| {game} | {score:.1f} |\n" for game, score in scores.items())
-    episodes = args.get("eval_episodes", 0)
+    episodes, simulations = args.get("eval_episodes", 0), args.get("num_simulations", 0)
+    by_policy = simulations == 0 or args.get("policy_target") == "actions"
+    action = "most probable action" if by_policy else f"most visited action of {simulations} simulations"
     return f"""---
 license: mit
 library_name: pytorch
@@ -875,7 +884,8 @@ tags: [reinforcement-learning, world-model, efficientzero, xtra]
 | game | mean return |
 |---|---|
 {returns}
-Raw returns of {episodes} games, seeds 0 to {max(0, episodes - 1)}, all lives, no exploration, the most visited action.
+Raw returns of {episodes} games, seeds 0 to {max(0, episodes - 1)}, all lives, no exploration, the {action}, cut at
+{args.get("eval_max_frames", 0):,} frames (of Atari: 4 a step).
 
 ## Use
 
@@ -971,6 +981,7 @@ def open_run(args, cls, config, run_dir, may_change):
         os._exit(130)
 
     signal.signal(signal.SIGINT, stop)
+    code_origin()  # the code as it is now, whatever is edited until the first save
     return lock, checkpoint
 
 

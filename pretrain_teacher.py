@@ -684,7 +684,7 @@ if __name__ == "__main__":
                     log_diagnostics(writer, evaluator, replay, game, args, updates, suffix)
             with model.whole_file(f"{run_dir}/evaluations.csv") as file:
                 file.write(evaluations.encode())
-            info = {"args": vars(args), "env_ids": env_ids}
+            info = {"args": vars(args), "env_ids": env_ids, "data": dict(zip(env_ids, checksums, strict=True))}
             model.save_model(f"{run_dir}/model.pt", net, **info, updates=updates, scores=scores)
         if last:
             break

@@ -160,7 +160,9 @@ def add_run(jobs, plan, method, games, seed, words, needs=()):
     words = override(
         words.format(**vars(plan)).split()
     )  # of a flag given twice the last: the method's, not the scale's
-    jobs.setdefault(folder, SimpleNamespace(method=method, folder=folder, words=words, needs=tuple(needs)))
+    leaves = ["model.pt"] + ["dataset.npz"] * ("--save-dataset" in words) + ["targets.npz"] * method.endswith("teacher")
+    job = SimpleNamespace(method=method, folder=folder, words=words, needs=tuple(needs), leaves=leaves)
+    jobs.setdefault(folder, job)
     return folder
 
 
@@ -292,11 +294,11 @@ def shell_line(job, environment):
     return shlex.join(["env", *assignments, "python", *job.words])
 
 
-def print_commands(jobs, prices, environment):
-    """Every command, and before it its price and whether it has been done."""
+def print_commands(jobs, left, prices, environment):
+    """Every command, and before it its price and whether it has been done. left: those that have not."""
     for job in jobs.values():
         price = {name: f"{number:g} {how}" for name, (number, how) in prices[job.method].items()}
-        done = "; done" if is_done(job, environment) else ""
+        done = "; done" if job.folder not in left else ""
         print(f"# hours {price['hours']}, GB {price['memory_gb']}, GB on the disk {price['disk_gb']}{done}")
         print(shell_line(job, environment))
 
@@ -329,13 +331,13 @@ def print_totals(plans, left, prices):
 
 # --- the state of a run ---
 def is_done(job, environment):
-    """Whether the run ended well before. Exits with one line if it did with other flags."""
+    """Whether the run ended well before, and what it left is there. Exits with one line if it did with other flags."""
     path = ROOT / job.folder / "done"
     if not path.exists():
         return False
     if path.read_text().strip() != shell_line(job, environment):
         raise SystemExit(f"error: {path} is of a run with other flags; move its folder away, or give another --folder")
-    return True
+    return all((ROOT / job.folder / name).exists() for name in job.leaves)
 
 
 def is_locked(job):
@@ -348,6 +350,8 @@ def is_locked(job):
             return False
     except filelock.Timeout:
         return True
+    except (OSError, NotImplementedError):  # a file system without locks: the run says so
+        return False
 
 
 def progress(job):
@@ -389,6 +393,8 @@ def advance(job, jobs, environment, free_slots, gpus):
         status = job.process.poll()
         if status is None:
             return None
+        if status and is_locked(job):  # a run that was left behind took the lock first
+            return "elsewhere"
         free_slots.append(job.slot)
         if status:
             return "failed"
@@ -414,7 +420,8 @@ def remaining(jobs, prices, slots):
     """How many runs are in which state, and the hours that the rest takes, at the speed of those that are done."""
     states = ", ".join(f"{count} {state}" for state, count in Counter(job.state for job in jobs.values()).items())
     timed = [job for job in jobs.values() if job.hours]
-    slower = sum(job.hours for job in timed) / sum(prices[job.method]["hours"][0] for job in timed) if timed else 1.0
+    priced = sum(prices[job.method]["hours"][0] for job in timed)
+    slower = sum(job.hours for job in timed) / priced if priced else 1.0
     hours = sum(prices[job.method]["hours"][0] for job in jobs.values() if job.state in ("waiting", "running"))
     return f"{states}; about {hours * slower / slots:.2f} h left"
 
@@ -441,7 +448,12 @@ def run_local(jobs, prices, environment, slots, gpus):
         with Live(console=console, auto_refresh=False, transient=True) as live:
             while any(job.state in ("waiting", "running", "elsewhere") for job in jobs.values()):
                 for job in jobs.values():
-                    state = advance(job, jobs, environment, free_slots, gpus)
+                    try:
+                        state = advance(job, jobs, environment, free_slots, gpus)
+                    except OSError as error:  # of this run: its folder is a file, say
+                        console.print(f"{job.folder}: {error}")
+                        state = "failed"
+                        free_slots.append(job.slot)
                     if state in (None, job.state):
                         continue
                     job.state = state
@@ -530,6 +542,10 @@ if __name__ == "__main__":
     plan = SimpleNamespace(**SCALES[args.scale], scale_name=args.scale)
     plan.students = args.students or plan.students
     plan.folder = os.path.relpath(args.folder or ROOT / "runs" / args.scale, ROOT)
+    if not re.fullmatch(r"[\w./+-]+", plan.folder):
+        raise SystemExit(
+            f"error: --folder is {plan.folder} as seen from {ROOT}, expected no blanks nor signs; rename it"
+        )
     known = {*plan.targets, *sum(plan.targets.values(), []), *plan.diverse_targets}
     unknown = [game for game in args.games if game not in known]
     if unknown:
@@ -551,25 +567,32 @@ if __name__ == "__main__":
         raise SystemExit("error: nothing to do: none of the --experiments has these --games and --methods")
     prices = read_prices(args.scale, args.card)
     if args.list:
-        print_commands(jobs, prices, plan.environment)
-        left = {folder: job for folder, job in jobs.items() if not is_done(job, plan.environment)}
+        left = {folder: job for folder, job in jobs.items() if not (ROOT / folder / "done").exists()}
+        print_commands(jobs, left, prices, plan.environment)
         print_totals(plans, left, prices)
         sys.exit()
-    if args.backend == "slurm":
-        run_slurm(jobs, plan.folder, plan.environment, args.dry_run)
-        sys.exit()
+    if args.backend == "slurm" and not args.dry_run and not shutil.which("sbatch"):
+        raise SystemExit("error: there is no sbatch here; submit on a machine of the cluster, or see --dry-run")
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     gpus = [gpu for gpu in gpus if gpu]
-    if not (gpus or args.slots or plan.environment.get("CUDA_VISIBLE_DEVICES") == ""):
+    if args.backend == "local" and not (gpus or args.slots or plan.environment.get("CUDA_VISIBLE_DEVICES") == ""):
         raise SystemExit(
             "error: there is no GPU here, without which a run may take weeks; give --slots if that is meant"
         )
-    slots = args.slots or max(1, len(gpus))
+    if args.dry_run:
+        run_slurm(jobs, plan.folder, plan.environment, args.dry_run)
+        sys.exit()
     (ROOT / plan.folder).mkdir(parents=True, exist_ok=True)
     try:
         lock = filelock.FileLock(ROOT / plan.folder / "matrix.lock", timeout=0, fallback_to_soft=False).acquire()
     except filelock.Timeout:
         raise SystemExit(f"error: another matrix.py works in {plan.folder}; wait for it, or end it") from None
+    except (OSError, NotImplementedError) as error:
+        print(f"warning: {plan.folder} cannot be locked ({error}); see to it that no other matrix.py uses it")
+    if args.backend == "slurm":
+        run_slurm(jobs, plan.folder, plan.environment, args.dry_run)
+        sys.exit()
+    slots = args.slots or max(1, len(gpus))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended too
     try:
         run_local(jobs, prices, plan.environment, slots, gpus)

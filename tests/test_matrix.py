@@ -7,10 +7,12 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,7 +65,8 @@ def test_each_command_is_one_that_its_script_takes_and_comes_after_what_it_needs
         script, *words = job.words
         assert SCRIPTS[script].Args
         args = tyro.cli(SCRIPTS[script].Args, args=words, config=(tyro.conf.OmitArgPrefixes,))
-        assert len(set(words)) >= len([word for word in words if word.startswith("--")])
+        flags = [word for word in words if word.startswith("--")]
+        assert len(set(flags)) == len(flags)
         assert args.run.run_dir == folder and args.run.resume and args.run.exp_name == f"{scale}-{job.method}"
         if script == "finetune.py":
             flags = SimpleNamespace(
@@ -144,7 +147,7 @@ def pool(tmp_path, monkeypatch):
         jobs = {}
         for name, needed in needs.items():
             words = ["-c", (code or {}).get(name, APPEND.format(order=str(order), name=name))]
-            jobs[name] = SimpleNamespace(method="toy", folder=name, words=words, needs=tuple(needed))
+            jobs[name] = SimpleNamespace(method="toy", folder=name, words=words, needs=tuple(needed), leaves=[])
         with contextlib.redirect_stdout(io.StringIO()) as said:
             matrix.run_local(jobs, prices, {"GIVEN": "yes"}, slots, list(gpus))
         return {name: job.state for name, job in jobs.items()}, said.getvalue(), order.read_text()
@@ -186,6 +189,83 @@ def test_a_run_that_another_process_does_is_waited_for(pool, tmp_path):
     threading.Timer(2, other.communicate).start()  # ends it
     states, said, order = pool({"a": "", "b": ""}, slots=1)
     assert "a: elsewhere" in said and set(states.values()) == {"done"} and order == "ab"
+
+
+KILLED = """
+import sys
+from types import SimpleNamespace
+sys.path.insert(0, {folder!r})
+import matrix
+matrix.ROOT = matrix.Path({root!r})
+job = SimpleNamespace(method="toy", folder="a", words={words!r}, needs=(), leaves=["model.pt"])
+matrix.run_local({{"a": job}}, {{"toy": {{"hours": (0.1, "measured")}}}}, {{"GIVEN": "yes"}}, 1, [])
+"""
+RUN = """
+import filelock, os, pathlib, time
+with open("a/began", "a") as file:
+    file.write("x")
+while not os.path.exists("go") and not os.path.exists("a/lock"):
+    time.sleep(0.01)
+lock = filelock.FileLock("a/lock").acquire(timeout=0)
+while not os.path.exists("go"):
+    time.sleep(0.01)
+pathlib.Path("a/model.pt").touch()
+"""
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+def test_a_matrix_that_was_ended_goes_on(tmp_path, monkeypatch, sign):
+    """Killed when its run has no lock yet: the run lives on, a second one starts, and one of the two gets the lock."""
+    monkeypatch.setattr(matrix, "ROOT", tmp_path)
+    folder, words = str(ROOT / "benchmark"), ["-c", RUN]
+    code = KILLED.format(folder=folder, root=str(tmp_path), words=words)
+    code = code if sign == signal.SIGKILL else f"import signal; signal.signal(15, lambda *_: exit(143)){code}"
+    first = subprocess.Popen([sys.executable, "-c", code])
+    until((tmp_path / "a" / "began").exists)
+    first.send_signal(sign)
+    assert first.wait() in (-signal.SIGKILL, 143)
+    job = SimpleNamespace(method="toy", folder="a", words=words, needs=(), leaves=["model.pt"])
+
+    def let_go():  # when the second one has begun, both go on
+        try:
+            until(lambda: (tmp_path / "a" / "began").read_text() == "xx")
+            (tmp_path / "a" / "lock").touch()
+            until(lambda: matrix.is_locked(job))
+        finally:
+            (tmp_path / "go").touch()
+
+    thread = threading.Thread(target=let_go)
+    thread.start()
+    with contextlib.redirect_stdout(io.StringIO()):
+        matrix.run_local({"a": job}, {"toy": {"hours": (0.0, "measured")}}, {"GIVEN": "yes"}, 1, [])
+    thread.join()
+    assert job.state == "done" and (tmp_path / "a" / "model.pt").exists()
+
+
+def test_a_folder_that_cannot_be_written_fails_alone(pool, tmp_path):
+    (tmp_path / "a").touch()
+    states, said, _ = pool({"a": "", "b": "", "c": "a"})
+    assert states == {"a": "failed", "b": "done", "c": "stopped"} and "a: [Errno 17] File exists" in said
+
+
+def test_a_run_whose_files_were_removed_is_not_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(matrix, "ROOT", tmp_path)
+    jobs = plan("toy", ["figure7d"], seeds=(1,), folder="m")
+    job = jobs["m/efficientzero__Fruit-v0__1"]
+    (tmp_path / job.folder).mkdir(parents=True)
+    (tmp_path / job.folder / "done").write_text(matrix.shell_line(job, {}) + "\n")
+    assert job.leaves == ["model.pt", "dataset.npz"] and not matrix.is_done(job, {})
+    for name in job.leaves:
+        (tmp_path / job.folder / name).touch()
+    assert matrix.is_done(job, {})
+    assert jobs["m/teacher__Fruit-v0__1"].leaves == ["model.pt", "targets.npz"]
 
 
 def test_a_run_with_other_flags_is_refused(pool):
@@ -231,6 +311,7 @@ def command(tmp_path, words):
         ("--experiments table2 --games MsPacman", "error: nothing to do: none of the --experiments has these --games"),
         ("--scale toy", "error: --experiments is empty; give some of table1, table2"),
         ("--experiments table1 --methods ez", "error: --methods ez is none; choose of bc, diverse-efficientzero"),
+        ("--experiments table1 --backend slurm", "error: there is no sbatch here"),
         ("--experiments table1", "error: there is no GPU here, without which a run may take weeks; give --slots"),
         ("--experiments table3", "error: "),
         ("--list --card A100", "error: --card A100 has no prices at --scale paper; choose of H200"),
@@ -243,6 +324,7 @@ def command(tmp_path, words):
 )
 def test_wrong_flags_are_answered_in_one_line(tmp_path, monkeypatch, words, expected):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     error, _ = command(tmp_path, words)
     assert error.startswith(expected) and "\n" not in error and not (tmp_path / "m").exists()

@@ -255,28 +255,41 @@ def test_a_saved_network_comes_back_in_eval_mode_with_all_that_was_said_of_it(tm
 
 def test_the_model_card_says_what_it_is_and_how_it_is_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    args = {"seed": 3, "exp_name": "xtra", "eval_episodes": 16}
+    args = {"seed": 3, "exp_name": "xtra", "eval_episodes": 16, "eval_max_frames": 400, "num_simulations": 50}
     origin = {"commit": "abc1234+", "versions": {"torch": "2.13"}, "command": "python finetune.py", "card": "a CPU"}
-    info = {"args": args, "env_ids": ["Krull", "Hero"], "updates": 7, "scores": {"Krull": -1.5}}
+    info = {"args": args, "env_ids": ["Krull", "Hero"], "updates": 7, "env_steps": 0, "scores": {"Krull": -1.5}}
+    info |= {"data": {"Hero": "0a1b"}, "pretrained_on": {"Hero": "2c", "Pong": "3d"}}
     model.save_model("model.pt", tiny_net(), **info)
-    card = model.model_card(info | {"origin": origin, "teacher_folders": {"0a1b": ["a", "b"]}})
+    card = model.model_card(info | {"origin": origin})
     rows = ["# xtra: Krull", "| command | `python finetune.py` |", "| commit | abc1234+ |", "| hardware | a CPU |"]
-    rows += ["| versions | torch 2.13 |", "| seed | 3 |", "| updates | 7 |", "| games learned from | Krull, Hero |"]
-    rows += ["| sha256 of offline data and answers | 0a1b |", "| Krull | -1.5 |"]
-    assert set(rows) <= set(card.splitlines()) and "16 games, seeds 0 to 15" in card and "MIT" in card
+    rows += ["| versions | torch 2.13 |", "| seed | 3 |", "| updates | 7 |", "| environment steps of its own | 0 |"]
+    rows += ["| offline data, sha256 | Hero 0a1b |", "| pretrained on data, sha256 | Hero 2c, Pong 3d |"]
+    assert set(rows) | {"| Krull | -1.5 |"} <= set(card.splitlines()) and "MIT" in card
+    assert "16 games, seeds 0 to 15" in card and "the most visited action of 50 simulations, cut at\n400 frames" in card
+    args["num_simulations"] = 0
+    assert "the most probable action," in model.model_card(info | {"origin": origin})
     code = (tmp_path / "model.md").read_text().split("```python\n")[1].split("```")[0]
     exec(code)
     assert capsys.readouterr().out.startswith("{'Krull': -1.5}") and len(code.splitlines()) == 5
 
 
 def test_the_commit_is_that_of_the_checkout_and_unknown_without_one(tmp_path, monkeypatch):
-    for name in ("init -q", "-c user.name=a -c user.email=a@b commit -q --allow-empty -m first"):
-        subprocess.run(["git", *name.split()], cwd=tmp_path, check=True)
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True).stdout.strip()
+    def git(words):
+        return subprocess.check_output(["git", *words.split()], cwd=tmp_path, text=True).strip()
+
+    (tmp_path / "model.py").write_text("first\n")
+    for words in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm first"):
+        git(words)
+    head = git("rev-parse HEAD")[:7]
+    monkeypatch.setenv("GIT_DIR", "elsewhere")  # of a hook of another repository
     monkeypatch.setattr(model, "__file__", str(tmp_path / "model.py"))
     monkeypatch.setattr(sys, "argv", ["/x/finetune.py", "--gamma", "1", "--resume"])
     origin = model.code_origin.__wrapped__()
-    assert head.startswith(origin["commit"]) and origin["command"] == "python finetune.py --gamma 1"
+    assert origin["commit"] == head and origin["command"] == "python finetune.py --gamma 1"
+    (tmp_path / "notes.txt").write_text("")
+    assert model.code_origin.__wrapped__()["commit"] == head
+    (tmp_path / "my_finetune.py").write_text("")  # a fork that is not committed
+    assert model.code_origin.__wrapped__()["commit"] == f"{head}+"
     monkeypatch.setattr(model, "__file__", "/nowhere/model.py")
     assert model.code_origin.__wrapped__()["commit"] == "unknown"
 
