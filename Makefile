@@ -1,7 +1,8 @@
 # make install      only the environment, .venv; with PIP_EXTRA_INDEX_URL=URL pip looks there too: a CPU build of torch
 # make quickstart   transfer between small games, then every stage once on real Atari; 8 minutes on 2 cores
 # make test         every test but the long ones
-# make faults       the long ones: kills at random instants, the checkpoint of a full-size run, transfer between toy games
+# make faults       the long ones: kills at random instants, the checkpoint of a full-size run, transfer between toy games,
+#                   a Slurm cluster of this machine (tests/slurm_local.sh download gets it)
 # make lint         ruff: rules and formatting
 # make clean        removes the virtual environment and the caches; runs/ and data/ stay
 PYTHON ?= python3

@@ -8,6 +8,7 @@ the same to the byte each time. From top to bottom: names, statistics, claims an
 
 import itertools
 import os
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import scipy.stats  # noqa: E402
 
+import model  # noqa: E402
 from benchmark import matrix  # noqa: E402
 
 # method -> its name, its colour (colour-blind safe within a figure), its column in benchmark/paper/
@@ -60,10 +62,10 @@ SCALES = {  # in the order of the pages
 TARGETS = matrix.SCALES["paper"]["targets"] | {"diverse": matrix.SCALES["paper"]["diverse_targets"]}
 TARGETS |= matrix.SCALES["toy"]["targets"]
 RUNS = ["scale", "method", "game", "seed", "pretrained", "env_steps", "updates", "total_updates"]
-RUNS += ["mean", "std", "games", "hours", "day", "card", "commit"]  # the columns of runs.csv
-WEIGHTS = ["scale", "method", "game", "seed", "offline_game", "updates", "eta", "cosine", "autocorrelation"]
+RUNS += ["mean", "std", "games", "hours", "day", "card", "commit", "settings"]  # the columns of runs.csv
+WEIGHTS = ["scale", "method", "game", "seed", "offline_game", "updates", "measured", "eta", "cosine", "autocorrelation"]
 RESAMPLES = 2_000  # of a bootstrap
-MARGIN = 0.1  # of normalised scores: differences within it are "about the same"
+MARGIN = 0.1  # "about the same" is within a tenth
 FLOOR = 0.05  # a lower score of EfficientZero counts as this in a ratio, which would have no meaning
 OFFLINE_COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#332288", "#999933"]
 PAPER = Path(__file__).resolve().parent / "paper"
@@ -106,6 +108,11 @@ def median_improvement(scores, base):
     return median(ratios(scores, base))
 
 
+def median_of_three(scores, base):
+    """The same; nan for fewer than three games, whose median is their mean."""
+    return median_improvement(scores, base) if len(scores) > 2 else np.nan
+
+
 def probability(scores, base):
     """Probability of improvement: mean over games of `P(X > Y) + P(X = Y) / 2` over pairs of seeds (Agarwal et al.)."""
     pairs = [(x[..., :, None], base[game][..., None, :]) for game, x in scores.items()]
@@ -134,6 +141,8 @@ def estimate(statistic, *samples):
 
 def verdict(low, high, bounds, seeds):
     """Of a claim that a number lies within bounds, when its 95 % interval is low to high."""
+    if bounds is None:
+        return "no verdict"
     if seeds < 3:
         return "too few seeds"
     if bounds[0] < low and high < bounds[1]:
@@ -149,7 +158,8 @@ def difference(x, y):
 
 
 def median_difference(x, y):
-    return median(x) - median(y)
+    """Needs three games, as `median_of_three`."""
+    return median(x) - median(y) if len(x) > 2 else np.nan
 
 
 def more_than_half(x, y, base):
@@ -202,18 +212,18 @@ def share_below_random(x):
 
 
 def share_no_worse(x, y):
-    return np.mean([x[game].mean(-1) > y[game].mean(-1) - MARGIN for game in x], axis=0)
+    return np.mean([ratio[..., 0] > 1 - MARGIN for ratio in ratios(x, y).values()], axis=0)
 
 
 INF = float("inf")
-POSITIVE, NEGATIVE, SAME, NO_HARM = (0, INF), (-INF, 0), (-MARGIN, MARGIN), (-MARGIN, INF)
-HIGHER, LOWER = (1, INF), (-INF, 1)  # of an improvement
+POSITIVE, NEGATIVE = (0, INF), (-INF, 0)
+HIGHER, LOWER, SAME, NO_HARM = (1, INF), (-INF, 1), (1 - MARGIN, 1 + MARGIN), (1 - MARGIN, INF)  # of an improvement
 # A claim (its words and the paper's number are in benchmark/paper/claims.csv) -> the parts that must all hold. A part:
 # its samples, each a method and a measure of `read_samples`; a statistic of them; the bounds that it must lie between.
 CLAIMS = {
     "A1": [("xtra.amount efficientzero.amount", improvement, HIGHER)],
-    "A2": [("xtra.amount efficientzero.amount", median_improvement, HIGHER)],
-    "A3": [("xtra.amount efficientzero.amount", largest_gain, POSITIVE)],
+    "A2": [("xtra.amount efficientzero.amount", median_of_three, HIGHER)],
+    "A3": [("xtra.amount efficientzero.amount", largest_gain, None)],
     "A5": [("xtra.amount efficientzero.amount", by_category, POSITIVE)],
     "A6": [("diverse-xtra.final diverse-efficientzero.final", difference, POSITIVE)],
     "A7": [("diverse-xtra.final diverse-efficientzero.final", median_difference, POSITIVE)],
@@ -223,8 +233,9 @@ CLAIMS = {
         ("xtra.final efficientzero.final", median_difference, POSITIVE),
     ],
     "B1": [
-        ("wo-cross-task.amount xtra.amount efficientzero.amount", more_improvement, NEGATIVE),
+        ("xtra.amount efficientzero.amount", improvement, HIGHER),
         ("wo-cross-task.amount xtra.amount efficientzero.amount", more_than_half_improvement, NEGATIVE),
+        ("wo-cross-task.amount efficientzero.amount", improvement, NO_HARM),
     ],
     "B2": [("wo-pretraining.amount efficientzero.amount", median_improvement, LOWER)],
     "B3": [
@@ -237,12 +248,12 @@ CLAIMS = {
     "C1": [("zero-shot.amount bc.amount efficientzero.amount", more_improvement, POSITIVE)],
     "C3": [("zero-shot.final", share_below_random, (0.5, INF))],
     "D1": [("xtra.area efficientzero.area", difference, POSITIVE)],
-    "D2": [("xtra.eta_range", mean, (MARGIN, INF))],
+    "D2": [("xtra.eta_variance", mean, POSITIVE)],
     "D3": [
         ("xtra.area xtra-other.area", difference, POSITIVE),
-        ("xtra-other.area efficientzero.area", difference, SAME),
+        ("xtra-other.area_amount efficientzero.area_amount", improvement, SAME),
     ],
-    "D4": [("xtra-other.final efficientzero.final", difference, NO_HARM), ("xtra-other.eta", mean, (-INF, 0.5))],
+    "D4": [("xtra-other.amount efficientzero.amount", improvement, NO_HARM), ("xtra-other.eta", mean, (-INF, 0.5))],
     "D5": [
         ("frozen-h.early efficientzero.early", difference, POSITIVE),
         ("frozen-h.final xtra.final", difference, NEGATIVE),
@@ -253,18 +264,20 @@ CLAIMS = {
     ],
     "D7": [("xtra.early_amount efficientzero.early_amount xtra.amount efficientzero.amount", fades, POSITIVE)],
     "D8": [
+        ("xtra.area efficientzero.area", difference, POSITIVE),
         ("transfer-h.area efficientzero.area", difference, POSITIVE),
         ("transfer-h.area xtra.area efficientzero.area", more_than_half, NEGATIVE),
     ],
     "D9": [
+        ("xtra.area efficientzero.area", difference, POSITIVE),
         ("transfer-hg.area efficientzero.area", difference, POSITIVE),
         ("transfer-hg.area xtra.area efficientzero.area", more_than_half, POSITIVE),
     ],
-    "D10": [("xtra.area transfer-hg.area", difference, SAME)],
+    "D10": [("xtra.area_amount transfer-hg.area_amount", improvement, SAME)],
     "D11": [("xtra.autocorrelation", mean, (0.5, INF))],
-    "E1": [("student.final teacher.final", share_no_worse, (0.7, INF))],
+    "E1": [("student.amount teacher.amount", share_no_worse, (0.7, INF))],
     "E2": [("student.final multi-game.final", smallest_difference, POSITIVE)],
-    "E4": [("efficientzero-l-512.final efficientzero-l.final", difference, SAME)],
+    "E4": [("efficientzero-l-512.amount efficientzero-l.amount", improvement, SAME)],
 }
 NOT_ASKED = {
     "A4": "its numbers are in A1, A2 and A5",
@@ -281,7 +294,9 @@ def read_csv(path, columns):
     """A table of --results, empty if there is none yet."""
     if not os.path.isfile(path):
         return pd.DataFrame(columns=columns)
-    text = dict.fromkeys({"pretrained", "card", "commit"} & set(columns), str)  # a commit may look like a number
+    text = dict.fromkeys(
+        {"pretrained", "day", "card", "commit", "settings"} & set(columns), str
+    )  # a commit may look like a number
     return pd.read_csv(path, dtype=text).fillna(dict.fromkeys(text, ""))[columns]
 
 
@@ -305,7 +320,7 @@ def read_scale(scale, runs, weights, paper):
     An evaluation has a score, `(mean - random) / (reference - random)`, the reference being a human in Atari games and
     perfect play in others, and an amount, of which improvements are made: the mean return in Atari games, or the score.
     """
-    data = SimpleNamespace(scale=scale, atari=scale != "toy", paper=paper)
+    data = SimpleNamespace(scale=scale, atari=scale != "toy", printed=scale == "paper", paper=paper)
     data.all = runs[runs.scale == scale]
     levels = [data.all[data.all.method == name].set_index("game")["mean"].to_dict() for name in ("random", "perfect")]
     data.low = paper.random if data.atari else levels[0]  # a human-normalised score is made with the published ones
@@ -323,7 +338,9 @@ def read_scale(scale, runs, weights, paper):
     trained = last[ended & (last.method != "bc")]
     first = rows[(rows.method == "xtra") & (rows.updates == 0)].merge(trained[key]).assign(method="zero-shot")
     zero_shot = pd.concat([last[ended & (last.method == "bc")], first])
-    zero_shot = zero_shot.drop_duplicates(["method", "game", "pretrained", "mean"])  # a student counts once
+    student = ["method", "game", "pretrained"]  # which counts once
+    numbers = zero_shot.groupby(student)[["mean", "score", "amount"]].mean().reset_index()
+    zero_shot = zero_shot.drop_duplicates(student).drop(columns=["mean", "score", "amount"]).merge(numbers)
     data.finals = pd.concat([trained, zero_shot])
     online = rows.merge(trained.loc[~trained.method.isin(FIGURE10), key])
     online = online.drop_duplicates([*key, "env_steps"], keep="last")
@@ -340,7 +357,8 @@ def read_scale(scale, runs, weights, paper):
 def read_samples(data):
     """-> {"method.measure": {game: of each seed [n]}}. Measures: final (score) and amount; along a curve area (mean
     score over the environment steps, trapezoidal), early and early_amount (at the evaluation nearest to a fifth of the
-    steps); of a run with offline games the means of eta and autocorrelation, and eta_range (highest - lowest)."""
+    steps), area_amount; of a run with offline games the means of eta and autocorrelation, and eta_variance: that of eta
+    over its measurements, less what chance alone would give."""
     values = []
     for row in data.finals.itertuples():
         values += [(row.method, row.game, "final", row.score), (row.method, row.game, "amount", row.amount)]
@@ -348,19 +366,20 @@ def read_samples(data):
         steps = curve.env_steps.to_numpy()
         if len(steps) > 1:
             early = curve.iloc[1 + np.abs(steps[1:] - steps[-1] / 5).argmin()]
-            area = np.trapezoid(curve.score, steps) / (steps[-1] - steps[0])
-            values += [(method, game, "area", area), (method, game, "early", early.score)]
-            values.append((method, game, "early_amount", early.amount))
+            for column, suffix in (("score", ""), ("amount", "_amount")):
+                area = np.trapezoid(curve[column], steps) / (steps[-1] - steps[0])
+                values += [(method, game, f"area{suffix}", area), (method, game, f"early{suffix}", early[column])]
     for (method, game, _), run in data.weights.groupby(["method", "game", "seed"]):
-        eta = run.groupby("offline_game").eta
-        values += [(method, game, "eta", run.eta.mean()), (method, game, "eta_range", (eta.max() - eta.min()).mean())]
-        values.append((method, game, "autocorrelation", run.autocorrelation.mean()))
+        noise = run.eta * (1 - run.eta) / (run.measured - 1)  # variance of a share of `measured` independent updates
+        moved = [x.eta.var() - noise[x.index].mean() for _, x in run.groupby("offline_game") if len(x) > 1]
+        values.append((method, game, "eta_variance", np.mean(moved) if moved else np.nan))
+        values += [(method, game, "eta", run.eta.mean()), (method, game, "autocorrelation", run.autocorrelation.mean())]
     targets = {game for games in TARGETS.values() for game in games}
     samples = defaultdict(lambda: defaultdict(list))
     for method, game, measure, value in values:
         if not np.isnan(value) and (game in targets or method in FIGURE10):
             samples[f"{method}.{measure}"][game].append(value)
-    for game, scores in data.paper.table2.items() if data.atari else ():
+    for game, scores in data.paper.table2.items() if data.printed else ():
         best = max(score for name, score in scores.items() if name not in ("kind", "XTRA", "Random", "Human"))
         samples["others.amount"][game] = [best] * 3  # a published mean: it counts as seeds that all have it
     return {name: {game: np.array(x) for game, x in games.items()} for name, games in samples.items()}
@@ -384,7 +403,7 @@ def answer(parts, samples):
         seeds.append(min(len(x) for sample in common for x in sample.values()))
         games |= common[0].keys()
         said.append(verdict(*numbers[-1][1:], bounds, seeds[-1]))
-    order = ["too few seeds", "not reproduced", "undecided", "reproduced"]  # all parts must hold
+    order = ["no verdict", "too few seeds", "not reproduced", "undecided", "reproduced"]  # all parts must hold
     return min(said, key=order.index), numbers, min(seeds), len(games)
 
 
@@ -425,7 +444,7 @@ def categories(data, methods):
 def paper_score(data, method, game):
     """The paper's score, or nan."""
     scores = data.paper.table2 if method in TABLE2 else data.paper.table1
-    return scores.get(game, {}).get(METHODS[method][2], np.nan) if data.atari else np.nan
+    return scores.get(game, {}).get(METHODS[method][2], np.nan) if data.printed else np.nan
 
 
 def scores_table(data, methods):
@@ -439,7 +458,7 @@ def scores_table(data, methods):
             for method in columns:
                 values = data.finals.loc[(data.finals.method == method) & (data.finals.game == game), "mean"].to_numpy()
                 paper = paper_score(data, method, game)
-                text = cell(values) if len(values) else "-"
+                text = cell(values) + "‡" * (data.scale == "small") if len(values) else "-"
                 if len(values) and not np.isnan(paper):
                     text += f"<br>paper: {paper:,.1f}" + (f", ratio {values.mean() / paper:.2f}" if paper else "")
                 cells.append(text)
@@ -517,11 +536,18 @@ def claims_table(data, claims):
             continue
         said, numbers, seeds, games = answered
         verdicts[said].append(name)
-        wanted = [f"> {a:g}" if b == INF else f"< {b:g}" if a == -INF else f"{a:g} to {b:g}" for *_, (a, b) in parts]
+        wanted = [bounds_text(bounds) for *_, bounds in parts]
         ours = "; ".join(number(*three) for three in numbers)
         rows.append([name, claims[name]["claim"], claims[name]["paper"], "; ".join(wanted), ours, games, seeds, said])
     header = ["", "claim", "the paper, on Atari", "wanted", "ours", "games", "seeds", "verdict"]
     return table(header, rows), verdicts, unanswered
+
+
+def bounds_text(bounds):
+    if bounds is None:
+        return "-"
+    low, high = bounds
+    return f"> {low:g}" if high == INF else f"< {high:g}" if low == -INF else f"{low:g} to {high:g}"
 
 
 def last_lines(data):
@@ -537,8 +563,11 @@ def last_lines(data):
 def scale_section(data, claims, drawn):
     """The part of docs/results.md about a scale. drawn: the names of the figures that there are."""
     last, runs = last_lines(data)
-    students = runs.pretrained[~runs.method.isin(FIGURE10) & (runs.pretrained != "")].nunique()
-    told = f"Runs: {len(runs)}, in {runs.hours.sum():.1f} hours; different students: {students}."
+    students = runs[runs.method == "xtra"].groupby("game").pretrained.nunique()
+    counts = "-".join(map(str, sorted({students.min(), students.max()}))) if len(students) else "none"
+    days = sorted({*runs.day} - {""})
+    when = f", {days[0]} to {days[-1]}" if days else ""
+    told = f"{len(runs)} runs, {runs.hours.sum():.1f} hours in all{when}. Different students of a target: {counts}."
     parts = [f"## {SCALES[data.scale][0]}", f"{SCALES[data.scale][1]} {told}"]
     for title, methods, makers, names in BLOCKS:
         pictures = [name for name in drawn if name.startswith(tuple(f"{data.scale}-{x}" for x in names))]
@@ -549,12 +578,15 @@ def scale_section(data, claims, drawn):
     parts += [f"### Claims ({SCALES[data.scale][0]})", text, count_verdicts(verdicts)]
     parts.append(f"No runs here answer {', '.join(unanswered) or 'none of the others'}.")
     parts.append("Not asked: " + ", ".join(f"{name} ({why})" for name, why in NOT_ASKED.items()) + ".")
+    kinds = runs[runs.settings != ""].groupby("method").settings.nunique()
+    if (kinds > 1).any():
+        parts.insert(2, f"**Runs of {', '.join(kinds.index[kinds > 1])} differ in their flags** (the column settings).")
     rows = []
     for row in last.itertuples():
         done = f"{row.updates:,}" if row.updates >= row.total_updates else f"{row.updates:,} of {row.total_updates:,}"
         line = [row.method, row.game, row.seed, row.pretrained or "-", number(row.mean, digits=1), done]
-        rows.append([*line, number(row.hours), row.card or "-", row.commit or "-"])
-    header = ["method", "game", "seed", "student", "last score", "updates", "hours", "card", "commit"]
+        rows.append([*line, number(row.hours), row.card or "-", row.commit or "-", row.settings or "-"])
+    header = ["method", "game", "seed", "student", "last score", "updates", "hours", "card", "commit", "settings"]
     parts += [f"### Every run ({SCALES[data.scale][0]})", table(header, rows)]
     if len(data.unfinished):
         names = [f"{row.method} {row.game} {row.seed}" for row in data.unfinished.itertuples()]
@@ -564,7 +596,8 @@ def scale_section(data, claims, drawn):
 
 def count_verdicts(verdicts):
     """{verdict: identifiers} -> one line."""
-    order = [x for x in ("reproduced", "not reproduced", "undecided", "too few seeds") if verdicts[x]]
+    order = ("reproduced", "not reproduced", "undecided", "too few seeds", "no verdict")
+    order = [x for x in order if verdicts[x]]
     counts = "; ".join(f"{len(verdicts[x])} {x} ({', '.join(verdicts[x])})" for x in order)
     return f"Of the paper's claims: {counts or 'none can be answered yet'}."
 
@@ -585,14 +618,16 @@ page.
   pairs of seeds in which a method is above EfficientZero, a tie being half (both: Agarwal et al., 2021).
 - **[a, b]**: 95 % interval of a stratified percentile bootstrap, {RESAMPLES:,} resamples of the seeds of each game. Of
   few seeds it is too narrow. Seeds that begin with the same student tell nothing of others: how
-  many students there are stands at the top of each part. **(n)**: seeds. **†**: fewer than three.
+  many a target has stands at the top of each part. **(n)**: seeds. **†**: fewer than three. **‡**: reduced scale.
 - **Zero-shot**: the evaluation before any update. A student counts once, however many runs begin with it.
 - **Area**: the mean normalised score over the environment steps, by the trapezoidal rule. **Early**: at a fifth of the
   steps, or the evaluation nearest to that.
 - **Verdicts**: a claim is that a number lies within bounds. *Reproduced*: the interval lies within them; *not
   reproduced*: it lies outside; *undecided*: it has a bound inside; *too few seeds*: fewer than three of a method in a
-  game. What is "the same" or "no harm" has a margin of {MARGIN:g} of normalised scores. Of a claim with several parts
-  all must hold: it has the worst of their verdicts. A game counts if all methods of a part were run in it.
+  game. "About the same" and "no harm" leave a tenth: a mean improvement from {1 - MARGIN:g} to {1 + MARGIN:g}, or above
+  {1 - MARGIN:g}. Of a claim with several parts all must hold: it has the worst of their verdicts. A game counts if all
+  methods of a part were run in it. A median needs three games. A maximum over games is above 0 by chance alone: it has
+  no verdict.
 """
 BLOCKS = [  # of the page of a scale: title, methods, tables, figures
     ("Similar games: Table 1", [*TABLE1, *ZERO_SHOT], [scores_table, aggregates_table], ["table1", "curves", "hours"]),
@@ -703,7 +738,7 @@ def draw_scores(data, methods, title):
     if not games:
         return None
     words = "points: n seeds; bar and stroke: their 95 % interval and mean"
-    words += "; diamonds: the paper's means" if data.atari and METHODS[methods[0]][2] else ""
+    words += "; diamonds: the paper's means" if data.printed and METHODS[methods[0]][2] else ""
     figure, axes = panels(data, title, words, len(games), (5, 0.9 + 0.32 * len(methods)))
     for panel, game in zip(axes, games, strict=True):
         of_game = data.finals[data.finals.game == game]
@@ -741,7 +776,7 @@ def draw_learning(data, games, title):
     games = [game for game in games if game in set(data.curves.game[data.curves.method.isin(TABLE1)])]
     if not games:
         return None
-    words = "lines: mean over n seeds; bands: 95 % interval" + "; diamonds: the paper's means" * data.atari
+    words = "lines: mean over n seeds; bands: 95 % interval" + "; diamonds: the paper's means" * data.printed
     figure, axes = panels(data, title, words, len(games), (4.5, 4.2))
     for panel, game in zip(axes, games, strict=True):
         draw_curves(panel, data, TABLE1, [game], "mean")
@@ -797,6 +832,8 @@ def draw_improvement(panel, data, games):
         samples = [{game: values.to_numpy() for game, values in groups} for groups in both]
         if step > 0 and all(len(x) == len(games) for x in samples):
             points.append((step, *estimate(improvement, *samples)))
+    if not points:
+        return
     seeds = min(len(x) for sample in samples for x in sample.values())
     draw_line(panel, points, f"XTRA's score / EfficientZero's (n={seeds})", METHODS["xtra"][1])
     panel.set(xlabel="environment steps", ylabel="mean improvement")
@@ -845,7 +882,9 @@ def draw_scale(data):
     figures["figure7"] = draw_together(data, parts, "ablations (Figure 7)")
     parts = [("parts of the pretrained model", FIGURE8, "env_steps")]
     figures["figure8"] = draw_together(data, parts, "which networks are transferred (Figure 8)")
-    figures["weights"] = draw_weights(data, ["xtra", "xtra-other"], "weights of the offline games (Figures 5b and 9)")
+    figures["weights"] = draw_weights(
+        data, ["xtra", "xtra-other", "diverse-xtra"], "weights of the offline games (Figures 5b and 9)"
+    )
     figures["figure10"] = draw_scores(data, FIGURE10, "scores after pretraining (Figure 10)")
     parts = [("batches of 256 and 512", FIGURE11, "final")]
     figures["figure11"] = draw_together(data, parts, f"scores {end} (Figure 11)")
@@ -866,22 +905,25 @@ def publish(results):
         raise SystemExit(f"error: README.md lacks the lines {' and '.join(MARKERS)}; put them where the results belong")
     paper = read_paper(PAPER)
     scales = [read_scale(scale, runs, weights, paper) for scale in SCALES if scale in set(runs.scale)]
-    folder = Path("docs/images/results")
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in [*folder.glob("*.png"), *folder.glob("*.svg")]:
-        old.unlink()
+    folder, new = Path("docs/images/results"), Path("docs/images/results.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
     drawn = []
     for name, figure in itertools.chain.from_iterable(draw_scale(data).items() for data in scales):
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # once is enough
         with plt.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):  # without a salt they differ each time
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-        figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
+            figure.savefig(new / f"{name}.svg", metadata={"Date": None})
+        figure.savefig(new / f"{name}.png", dpi=110, metadata={"Software": None})
         plt.close(figure)
         drawn.append(name)
-    Path("docs/results.md").write_text(results_page(scales, paper.claims, drawn))
     before, rest = readme.split(MARKERS[0])
     after = rest.split(MARKERS[1])[1]
-    section = readme_section(scales, paper.claims, drawn)
-    Path("README.md").write_text(f"{before}{MARKERS[0]}\n\n{section}\n\n{MARKERS[1]}{after}")
+    section = f"{MARKERS[0]}\n\n{readme_section(scales, paper.claims, drawn)}\n\n{MARKERS[1]}"
+    texts = {"docs/results.md": results_page(scales, paper.claims, drawn), "README.md": f"{before}{section}{after}"}
+    for path, text in texts.items():  # all is known by now: nothing is left half written
+        with model.whole_file(path) as file:
+            file.write(text.encode())
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
     print(f"docs/results.md, README.md, docs/images/results/: written, {len(drawn)} figures")

@@ -16,6 +16,7 @@ benchmark/results/ and benchmark/paper/.
 
 import csv
 import glob
+import hashlib
 import itertools
 import logging
 import os
@@ -131,22 +132,18 @@ def read_run(folder):
 
 def read_times(folder, logged):
     """When the evaluations of a run were -> {updates: (hours, day)}. Hours are those since the run began, without its
-    interruptions: a process counts from its first event to its last.
+    interruptions, but with what it did again after them: a process counts from its first event to its last.
 
-    logged: {key: events of TensorBoard}.
+    logged: {key: events of TensorBoard}, without those that were logged again after an interruption.
     """
-    starts = []
+    processes = []  # first and last second of each
     for path in glob.glob(f"{glob.escape(folder)}/events.*"):
-        starts += [event.wall_time for event in itertools.islice(EventFileLoader(path).Load(), 1)]
-    starts = np.sort(starts)
-    seconds = np.array(sorted(event.wall_time for series in logged.values() for event in series))
+        seconds = [event.wall_time for event in EventFileLoader(path).Load()]
+        processes += [(min(seconds), max(seconds))] if seconds else []
     times = {}
     evaluations = [series for key, series in logged.items() if key.startswith("eval/episodic_return")]
     for event in itertools.chain(*evaluations):
-        taken = 0.0
-        for start, stop in zip(starts, [*starts[1:], np.inf], strict=True):
-            of_process = seconds[(start <= seconds) & (seconds < stop) & (seconds <= event.wall_time)]
-            taken += of_process.max() - start if len(of_process) else 0.0
+        taken = sum(min(end, event.wall_time) - start for start, end in processes if start <= event.wall_time)
         times[event.step] = taken / 3600, time.strftime("%Y-%m-%d", time.gmtime(event.wall_time))
     return times
 
@@ -271,9 +268,10 @@ def draw(runs, game, random, perfect, threshold, output):
 
 
 def windows(steps, cosines, weights):
-    """Measurements of eta, of the cosines of consecutive updates: -> (first update after it, eta from then on, mean
-    cosine, autocorrelation) of each that was brought to an end. weights: (updates, values) of eta as they were logged.
+    """The measurements of eta that were brought to an end: yields the first update after it, how many updates were
+    measured, eta from then on, and the mean and the autocorrelation of the cosines.
 
+    steps, cosines: of all updates that were measured. weights: (updates, values) of eta as they were logged.
     The autocorrelation is that of a series with itself one update later, `sum (c_t - c)(c_t+1 - c) / sum (c_t - c)^2`.
     """
     breaks = np.flatnonzero(np.diff(steps) > 1) + 1
@@ -284,7 +282,15 @@ def windows(steps, cosines, weights):
         spread = (centred**2).sum()
         if eta is not None:
             lag = (centred[:-1] * centred[1:]).sum() / spread if spread > 0 else None
-            yield after, *(None if x is None else round(float(x), 6) for x in (eta, values.mean(), lag))
+            yield after, len(values), *(None if x is None else round(float(x), 6) for x in (eta, values.mean(), lag))
+
+
+def hash_settings(flags):
+    """Seven digits that are the same for runs which differ in nothing but game, seed and folders."""
+    places = "seed env_id datasets teachers pretrained save_dataset capture_video".split()
+    places += vars(finetune.Run())
+    settings = sorted((name, str(value)) for name, value in flags.items() if name not in places)
+    return hashlib.sha256(str(settings).encode()).hexdigest()[:7]
 
 
 def collect_run(folder, run):
@@ -295,7 +301,7 @@ def collect_run(folder, run):
     pretrained = folder if len(run.curves) > 1 else run.flags.get("pretrained")
     pretrained = os.path.basename(os.path.abspath(pretrained)) if pretrained else ""
     total = run.flags.get("num_updates") or run.flags["total_timesteps"] + run.flags.get("extra_updates", 0)
-    origin = run.origin.get("card", ""), run.origin.get("commit", "")
+    origin = run.origin.get("card", ""), run.origin.get("commit", ""), hash_settings(run.flags)
     rows = []
     for (game, env_steps, updates), scores in run.returns.items():
         place = scale, method, game, seed, pretrained, env_steps, updates, total
@@ -315,7 +321,8 @@ def merge(path, new, replaced, columns):
     old = pages.read_csv(path, columns)
     kept = [row for row in old.itertuples(index=False, name=None) if not {row[:4], row[:5]} & replaced]
     table = pd.DataFrame([*kept, *new], columns=columns).sort_values(columns[:7])
-    table.to_csv(path, index=False, float_format="%.10g", lineterminator="\n")
+    with model.whole_file(path) as file:
+        table.to_csv(file, index=False, float_format="%.10g", lineterminator="\n")
 
 
 def collect(folders, results):
@@ -364,7 +371,7 @@ def play(scale, game, env_id, max_frames):
         print(f"{game}: random play is left out; {stop.code}")
         return []
     numbers = {name: (np.mean(x), np.std(x), len(x)) for name, x in levels.items() if x is not None}
-    return [(scale, name, game, 0, "", 0, 0, 0, *three, None, "", "", "") for name, three in numbers.items()]
+    return [(scale, name, game, 0, "", 0, 0, 0, *three, None, "", "", "", "") for name, three in numbers.items()]
 
 
 if __name__ == "__main__":
