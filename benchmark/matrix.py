@@ -393,7 +393,7 @@ def advance(job, jobs, environment, free_slots, gpus):
         status = job.process.poll()
         if status is None:
             return None
-        if status and is_locked(job):  # a run that was left behind took the lock first
+        if status and "is in use by another process" in "".join(last_lines(job)):  # left behind by a killed matrix.py
             return "elsewhere"
         free_slots.append(job.slot)
         if status:
@@ -436,7 +436,7 @@ def under_way(jobs, title):
     return table
 
 
-def run_local(jobs, prices, environment, slots, gpus):
+def run_local(jobs, prices, environment, slots, gpus, poll_seconds=1.0):
     """Does all runs, `slots` at a time, each as soon as what it needs is done. In a terminal with a live table, in a
     log with a line for each change. When this process is ended, it ends those that it started."""
     console = Console(soft_wrap=True, highlight=False)
@@ -463,7 +463,7 @@ def run_local(jobs, prices, environment, slots, gpus):
                     console.print(f"{time.strftime('%H:%M:%S')} {os.path.basename(job.folder)}: {state}")
                 if console.is_terminal:
                     live.update(under_way(jobs, remaining(jobs, prices, slots)), refresh=True)
-                time.sleep(1)
+                time.sleep(poll_seconds)
     finally:
         for job in jobs.values():
             if job.state == "running":

@@ -537,7 +537,7 @@ def claims_table(data, claims):
         said, numbers, seeds, games = answered
         verdicts[said].append(name)
         wanted = [bounds_text(bounds) for *_, bounds in parts]
-        ours = "; ".join(number(*three) for three in numbers)
+        ours = "; ".join(number(*three, digits=2 if abs(three[0]) > 0.1 else 3) for three in numbers)
         rows.append([name, claims[name]["claim"], claims[name]["paper"], "; ".join(wanted), ours, games, seeds, said])
     header = ["", "claim", "the paper, on Atari", "wanted", "ours", "games", "seeds", "verdict"]
     return table(header, rows), verdicts, unanswered

@@ -59,25 +59,23 @@ def test_the_diverse_setting_has_one_student_of_eight_games_for_five_targets():
 
 @pytest.mark.parametrize("scale", matrix.SCALES)
 def test_each_command_is_one_that_its_script_takes_and_comes_after_what_it_needs(scale):
-    jobs = plan(scale, seeds=(1,))
-    seen = set()
-    for folder, job in jobs.items():
+    seen, methods = set(), set()
+    for folder, job in plan(scale, seeds=(1,)).items():
         script, *words = job.words
-        assert SCRIPTS[script].Args
+        paths = [word for word in words if word.startswith("runs/")]
+        folders = {os.path.dirname(path) if path.endswith(".npz") else path for path in paths}
+        assert folders - {folder} == set(job.needs) <= seen
+        seen.add(folder)
+        if job.method in methods:
+            continue  # to parse takes a tenth of a second
+        methods.add(job.method)
         args = tyro.cli(SCRIPTS[script].Args, args=words, config=(tyro.conf.OmitArgPrefixes,))
         flags = [word for word in words if word.startswith("--")]
         assert len(set(flags)) == len(flags)
         assert args.run.run_dir == folder and args.run.resume and args.run.exp_name == f"{scale}-{job.method}"
         if script == "finetune.py":
-            flags = SimpleNamespace(
-                **{k: v for part in [vars(args), *map(vars, groups(args))] for k, v in part.items()}
-            )
-            SCRIPTS[script].check_args(flags)
-        folders = {
-            os.path.dirname(word) if word.endswith(".npz") else word for word in words if word.startswith("runs/")
-        }
-        assert folders - {folder} == set(job.needs) <= seen
-        seen.add(folder)
+            flat = {name: value for part in (args, *groups(args)) for name, value in vars(part).items()}
+            SCRIPTS[script].check_args(SimpleNamespace(**flat))
 
 
 def groups(args):
@@ -132,7 +130,7 @@ def test_every_method_has_a_price_at_every_scale():
 
 
 # --- the pool
-APPEND = "import os, pathlib; path = pathlib.Path({order!r}); path.write_text(path.read_text() + {name!r})"
+APPEND = "with open({order!r}, 'a') as file: file.write({name!r})"
 
 
 @pytest.fixture
@@ -149,7 +147,7 @@ def pool(tmp_path, monkeypatch):
             words = ["-c", (code or {}).get(name, APPEND.format(order=str(order), name=name))]
             jobs[name] = SimpleNamespace(method="toy", folder=name, words=words, needs=tuple(needed), leaves=[])
         with contextlib.redirect_stdout(io.StringIO()) as said:
-            matrix.run_local(jobs, prices, {"GIVEN": "yes"}, slots, list(gpus))
+            matrix.run_local(jobs, prices, {"GIVEN": "yes"}, slots, list(gpus), poll_seconds=0.02)
         return {name: job.state for name, job in jobs.items()}, said.getvalue(), order.read_text()
 
     return pool
@@ -198,7 +196,7 @@ sys.path.insert(0, {folder!r})
 import matrix
 matrix.ROOT = matrix.Path({root!r})
 job = SimpleNamespace(method="toy", folder="a", words={words!r}, needs=(), leaves=["model.pt"])
-matrix.run_local({{"a": job}}, {{"toy": {{"hours": (0.1, "measured")}}}}, {{"GIVEN": "yes"}}, 1, [])
+matrix.run_local({{"a": job}}, {{"toy": {{"hours": (0.1, "measured")}}}}, {{"GIVEN": "yes"}}, 1, [], 0.02)
 """
 RUN = """
 import filelock, os, pathlib, time
@@ -206,7 +204,11 @@ with open("a/began", "a") as file:
     file.write("x")
 while not os.path.exists("go") and not os.path.exists("a/lock"):
     time.sleep(0.01)
-lock = filelock.FileLock("a/lock").acquire(timeout=0)
+try:
+    lock = filelock.FileLock("a/lock").acquire(timeout=0)
+except filelock.Timeout:
+    raise SystemExit("error: --run-dir a is in use by another process; choose another folder")
+pathlib.Path("a/held").touch()
 while not os.path.exists("go"):
     time.sleep(0.01)
 pathlib.Path("a/model.pt").touch()
@@ -237,14 +239,14 @@ def test_a_matrix_that_was_ended_goes_on(tmp_path, monkeypatch, sign):
         try:
             until(lambda: (tmp_path / "a" / "began").read_text() == "xx")
             (tmp_path / "a" / "lock").touch()
-            until(lambda: matrix.is_locked(job))
+            until((tmp_path / "a" / "held").exists)
         finally:
             (tmp_path / "go").touch()
 
     thread = threading.Thread(target=let_go)
     thread.start()
     with contextlib.redirect_stdout(io.StringIO()):
-        matrix.run_local({"a": job}, {"toy": {"hours": (0.0, "measured")}}, {"GIVEN": "yes"}, 1, [])
+        matrix.run_local({"a": job}, {"toy": {"hours": (0.0, "measured")}}, {"GIVEN": "yes"}, 1, [], 0.02)
     thread.join()
     assert job.state == "done" and (tmp_path / "a" / "model.pt").exists()
 
