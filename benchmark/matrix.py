@@ -153,13 +153,14 @@ class Args:
 
 # --- from experiments to runs ---
 def add_run(jobs, plan, method, games, seed, words, needs=()):
-    """Adds a run to `jobs`, {name: run}, unless it is there -> its folder. games: what its name says of them."""
+    """Adds a run to `jobs`, {folder: run}, unless it is there -> its folder.
+
+    games: what its name says of them. words: script and flags, with {names} of the scale. needs: folders of other runs.
+    """
     name = model.file_name(f"{method}__{games}__{seed}")
     folder = f"{plan.folder}/{name}"
     words = f"{words} --seed {seed} --exp-name {plan.scale_name}-{method} --run-dir {folder} --resume"
-    words = override(
-        words.format(**vars(plan)).split()
-    )  # of a flag given twice the last: the method's, not the scale's
+    words = override(words.format(**vars(plan)).split())  # of a flag given twice the method's, which comes last
     leaves = ["model.pt"] + ["dataset.npz"] * ("--save-dataset" in words) + ["targets.npz"] * method.endswith("teacher")
     job = SimpleNamespace(method=method, folder=folder, words=words, needs=tuple(needs), leaves=leaves)
     jobs.setdefault(folder, job)
@@ -395,12 +396,11 @@ def advance(job, jobs, environment, free_slots, gpus):
             return None
         if status and "is in use by another process" in "".join(last_lines(job)):  # left behind by a killed matrix.py
             return "elsewhere"
+        if status == 0:
+            with model.whole_file(ROOT / job.folder / "done") as file:
+                file.write(f"{shell_line(job, environment)}\n".encode())
         free_slots.append(job.slot)
-        if status:
-            return "failed"
-        with model.whole_file(ROOT / job.folder / "done") as file:
-            file.write(f"{shell_line(job, environment)}\n".encode())
-        return "done"
+        return "failed" if status else "done"
     if job.state not in ("waiting", "elsewhere"):
         return None
     needed = {jobs[folder].state for folder in job.needs}
