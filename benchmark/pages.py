@@ -348,6 +348,7 @@ def read_scale(scale, runs, weights, paper):
     online["diverse"] = online.method.isin(TABLE2)  # they have other updates, after the last environment step
     have = online.groupby(["game", "diverse", "env_steps"]).run.transform("nunique")
     data.curves = online[have == online.groupby(["game", "diverse"]).run.transform("nunique")]
+    data.curves["minutes"] = data.curves.hours * 60
     data.hours = data.curves.hours.notna().all()
     data.weights = weights[weights.scale == scale]
     data.samples = read_samples(data)
@@ -726,7 +727,14 @@ def draw_bars(panel, methods, samples, papers):
             panel.plot(value, y, "|", color=colour, markersize=16, markeredgewidth=3)
         panel.plot(paper, y, "D", markerfacecolor="none", markeredgecolor="black", markersize=7)
         seeds = min(map(len, scores.values()), default=0)
-        panel.text(1.01, y, f"n={seeds}", transform=panel.get_yaxis_transform(), va="center", fontsize=8)
+        panel.text(
+            1.01,
+            y,
+            f"n={seeds}" if seeds else "not run",
+            transform=panel.get_yaxis_transform(),
+            va="center",
+            fontsize=8,
+        )
     panel.set_yticks(range(len(methods)), [METHODS[method][0] for method in methods])
     panel.set_ylim(len(methods) - 0.5, -0.5)
 
@@ -737,7 +745,7 @@ def draw_scores(data, methods, title):
     games = [game for listed in categories(data, methods).values() for game in listed] if methods else []
     if not games:
         return None
-    words = "points: n seeds; bar and stroke: their 95 % interval and mean"
+    words = "points: n seeds; bar and stroke: their 95 % interval (bootstrap) and mean"
     words += "; diamonds: the paper's means" if data.printed and METHODS[methods[0]][2] else ""
     figure, axes = panels(data, title, words, len(games), (5, 0.9 + 0.32 * len(methods)))
     for panel, game in zip(axes, games, strict=True):
@@ -767,8 +775,11 @@ def draw_curves(panel, data, methods, games, column, over="env_steps"):
                 points.append((part[over].mean(), *estimate(mean, samples)))
         if points:
             seeds = min(map(len, samples.values()))
+            for _, curve in curves.groupby("seed") if seeds < 5 and len(games) == 1 else ():
+                panel.plot(curve[over], curve[column], color=METHODS[method][1], linewidth=0.8, alpha=0.7)
             draw_line(panel, points, f"{METHODS[method][0]} (n={seeds})", METHODS[method][1])
-    panel.set_xlabel("hours of the run, without those of pretraining" if over == "hours" else "environment steps")
+    time = "minutes" if over == "minutes" else "hours"
+    panel.set_xlabel("environment steps" if over == "env_steps" else f"{time} of the run, without those of pretraining")
 
 
 def draw_learning(data, games, title):
@@ -776,7 +787,9 @@ def draw_learning(data, games, title):
     games = [game for game in games if game in set(data.curves.game[data.curves.method.isin(TABLE1)])]
     if not games:
         return None
-    words = "lines: mean over n seeds; bands: 95 % interval" + "; diamonds: the paper's means" * data.printed
+    words = (
+        "lines: mean over n seeds; bands: 95 % interval (bootstrap)" + "; diamonds: the paper's means" * data.printed
+    )
     figure, axes = panels(data, title, words, len(games), (4.5, 4.2))
     for panel, game in zip(axes, games, strict=True):
         draw_curves(panel, data, TABLE1, [game], "mean")
@@ -787,7 +800,7 @@ def draw_learning(data, games, title):
         draw_level(panel, data.random.get(game, np.nan), "random play")
         draw_level(panel, data.reference.get(game, np.nan), data.best, upper=True)
         panel.set(title=game, ylabel="mean return of an evaluation")
-        panel.legend(fontsize=8)
+        panel.legend(fontsize=8, framealpha=0.6)
     return figure
 
 
@@ -799,11 +812,15 @@ def draw_together(data, parts, title):
         methods = [method for method in methods if data.samples.get(f"{method}.area")]
         common = in_common(data.samples, [f"{method}.area" for method in methods])
         only_here = set(methods) - {"efficientzero", "efficientzero-l", "xtra"}
-        if common and len(methods) > 1 and (only_here or how in ("improvement", "hours")):
+        if common and len(methods) > 1 and (only_here or how in ("improvement", "hours", "minutes")):
             ready.append((name, methods, how, [*common[0]]))
     if not ready:
         return None
-    words = "lines and strokes: mean over games and n seeds; bands and bars: 95 % interval; points: seeds"
+    if len(ready) < len(parts):
+        title += f", {len(ready)} of its {len(parts)} panels: the others were not run"
+    words = "lines: mean over games and n seeds; bands: 95 % interval (bootstrap); thin lines: seeds, where n < 5"
+    if all(how == "final" for *_, how, _ in ready):
+        words = "points: n seeds; bar and stroke: their 95 % interval (bootstrap) and mean over games"
     figure, axes = panels(data, title, words, len(ready), (6, 4.2), columns=2)
     for panel, (name, methods, how, games) in zip(axes, ready, strict=True):
         games_text = ", ".join(games) if len(games) < 4 else f"{len(games)} games"
@@ -820,7 +837,7 @@ def draw_together(data, parts, title):
             draw_level(panel, 0, "random play", vertical=how == "final")
             draw_level(panel, 1, data.best, vertical=how == "final", upper=True)
         if how != "final":
-            panel.legend(fontsize=8)
+            panel.legend(fontsize=8, framealpha=0.6)
     return figure
 
 
@@ -858,8 +875,10 @@ def draw_weights(data, methods, title):
             name = "eta, weight of the offline game" if column == "eta" else "cosine of the gradients"
             panel.set(xlabel="updates", ylabel=name)
             panel.set_title(f"{METHODS[method][0]}: target {game}", fontsize=10)
-            panel.legend(fontsize=8)
+            panel.legend(fontsize=8, framealpha=0.6)
         axes[2 * i].set_ylim(-0.05, 1.05)
+        axes[2 * i + 1].axhline(0, color="black", linewidth=1)
+        axes[2 * i + 1].set_xlim(axes[2 * i].get_xlim())
     return figure
 
 
@@ -869,9 +888,10 @@ def draw_scale(data):
     figures = {"table1": draw_scores(data, [*TABLE1, *ZERO_SHOT], f"scores {end}, and zero-shot (Table 1)")}
     for category, games in TARGETS.items():
         if category != "diverse":
-            figures[f"curves-{category}"] = draw_learning(data, games, f"learning curves ({category})")
-    hours = draw_together(data, [("all methods", TABLE1, "hours")], "scores over hours") if data.hours else None
-    figures["hours"] = hours
+            figures[f"curves-{category}"] = draw_learning(data, games, f"learning curves, category {category}")
+    unit = "hours" if data.curves.hours.max() > 1 else "minutes"
+    parts = [("all methods", TABLE1, unit)]
+    figures["hours"] = draw_together(data, parts, f"scores over {unit}") if data.hours else None
     figures["table2"] = draw_scores(data, TABLE2, f"diverse offline games, scores {end} (Table 2)")
     parts = [
         ("a: which offline games", ["efficientzero", "xtra", "xtra-other"], "env_steps"),
