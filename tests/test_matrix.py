@@ -164,7 +164,7 @@ def test_what_is_needed_comes_first_and_what_is_done_is_not_done_again(pool, tmp
 
 
 def test_a_failure_stops_what_needs_it_and_nothing_else(pool, tmp_path):
-    fails = {"b": "print('first'); print(' 50%|#####     | 1/2'); raise SystemExit('error: the reason')"}
+    fails = {"b": "print('first'); print(' 50%|#####     | 1/2', flush=True); raise SystemExit('error: the reason')"}
     states, said, order = pool({"a": "", "b": "a", "c": "b", "d": "c", "e": "a"}, fails)
     assert states == {"a": "done", "b": "failed", "c": "stopped", "d": "stopped", "e": "done"} and order == "ae"
     assert matrix.last_lines(SimpleNamespace(folder="b")) == ["first", "error: the reason"]

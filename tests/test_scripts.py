@@ -120,7 +120,7 @@ def test_a_run_folder_holds_the_files_of_its_run(chain):
     for run_dir, command in RUNS.items():
         names = {path.name for path in (chain[0] / run_dir).iterdir() if "tfevents" not in path.name}
         updates = sum(map(int, re.findall(r"--(?:num-updates|total-timesteps|extra-updates) (\d+)", command)))
-        files = {"evaluations.csv", "lock", "model.pt"} | ({"checkpoint.pt"} if updates else set())
+        files = {"evaluations.csv", "lock", "model.md", "model.pt"} | ({"checkpoint.pt"} if updates else set())
         files |= {"targets.npz"} if run_dir in ("teacher0", "teacher1") else set()
         files |= {"video-0.gif", "video-20.gif"} if run_dir == "frozen" else set()
         assert names == files, run_dir
