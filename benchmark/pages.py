@@ -52,6 +52,7 @@ TABLE2 = ["diverse-efficientzero", "diverse-xtra"]
 FIGURE7 = ["efficientzero", "efficientzero-l", "xtra", "xtra-small", "xtra-other", "frozen-h"]
 FIGURE8 = ["efficientzero", "transfer-h", "transfer-hg", "xtra"]
 FIGURE10 = ["teacher", "student", "multi-game"]
+SEVERAL = ["student", "small-student", "diverse-student", "cloned", "multi-game"]  # runs of several games
 FIGURE11 = ["efficientzero", "efficientzero-l", "efficientzero-l-512", "xtra"]
 SCALES = {  # in the order of the pages
     "paper": ("Atari", "Atari at the paper's sizes."),
@@ -552,12 +553,11 @@ def bounds_text(bounds):
 
 
 def last_lines(data):
-    """The last line of each run and game, and those of them that count a run once: one of several games has the same
-    hours in all of them."""
+    """The last line of each run and game, and those of them that count a run once, also one of several games."""
     rows = data.all[~data.all.method.isin(["random", "perfect"])].sort_values(["updates", "env_steps"])
     key = ["method", "game", "seed", "pretrained"]
     last = rows.groupby(key).tail(1).sort_values(key)
-    which = last.hours.astype(str).where(last.hours.notna(), last.game)
+    which = last.game.where(~last.method.isin(SEVERAL), "")
     return last, last[~last.assign(which=which).duplicated(["method", "seed", "pretrained", "which"])]
 
 
