@@ -661,7 +661,9 @@ def readme_section(scales, claims, drawn):
     told = "0 is random play, 1 a human (Atari) or perfect play (toy games). [95 % interval] (runs in games). Tables,\n"
     parts.append(told + "curves, every claim and every run: [docs/results.md](docs/results.md).")
     for data in scales:
-        parts.append(f"{SCALES[data.scale][1]} {count_verdicts(claims_table(data, claims)[1])}")
+        ran = [", ".join(sorted({*data.all[column].dropna()} - {""})) for column in ("day", "card", "commit")]
+        origin = f"`benchmark/matrix.py --scale {data.scale}`, {ran[0]}, {ran[1]}, commits {ran[2]}"
+        parts.append(f"{SCALES[data.scale][1]} {origin}. {count_verdicts(claims_table(data, claims)[1])}")
     first = f"{scales[0].scale}-table1"
     if first in drawn:
         parts.append(f"![{SCALES[scales[0].scale][0]}: scores of each method](docs/images/results/{first}.png)")
