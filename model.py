@@ -825,7 +825,8 @@ def code_origin():
     the versions, and the command: plain values."""
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a git hook
-    ask = functools.partial(subprocess.check_output, stdin=-3, stderr=-3, timeout=20, env=environment, text=True)
+    silent = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": 20}  # seconds
+    ask = functools.partial(subprocess.check_output, env=environment, text=True, **silent)
     try:
         commit = ask([*git, "rev-parse", "HEAD"])[:7]
         commit += "+" * bool(ask([*git, "status", "--porcelain", "--", ":/*.py"]))
@@ -855,10 +856,8 @@ def model_card(info):
     info: what `load_model` returns beside the network; what it lacks is left out.
     """
     origin, args, scores = info["origin"], info.get("args", {}), info.get("scores", {})
-    data, pretrained = (
-        ", ".join(f"{game} {checksum[:12]}" for game, checksum in info.get(name, {}).items())
-        for name in ("data", "pretrained_on")
-    )
+    data = ", ".join(f"{game} {checksum[:12]}" for game, checksum in info.get("data", {}).items())
+    pretrained = ", ".join(f"{game} {checksum[:12]}" for game, checksum in info.get("pretrained_on", {}).items())
     versions = ", ".join(f"{name} {number}" for name, number in origin["versions"].items())
     rows = {"command": f"`{origin['command']}`", "commit": origin["commit"], "versions": versions}
     rows |= {"hardware": origin["card"], "seed": args.get("seed"), "updates": info.get("updates")}

@@ -295,6 +295,11 @@ def shell_line(job, environment):
     return shlex.join(["env", *assignments, "python", *job.words])
 
 
+def with_this_python():
+    """The environment in which `python` is the one that runs here, for the commands of `shell_line`."""
+    return os.environ | {"PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])}
+
+
 def print_commands(jobs, left, prices, environment):
     """Every command, and before it its price and whether it has been done. left: those that have not."""
     for job in jobs.values():
@@ -375,8 +380,7 @@ def start_run(job, environment, gpu):
     """Starts a run as a process of its own; what it says is appended to its log."""
     folder = ROOT / job.folder
     folder.mkdir(parents=True, exist_ok=True)
-    variables = dict(os.environ)
-    variables["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])  # of `python`
+    variables = with_this_python()
     if gpu is not None:
         variables["CUDA_VISIBLE_DEVICES"] = gpu
     job.since = time.time()
@@ -478,10 +482,8 @@ def submitted_runs(path):
     if not path.exists():
         return {}, set()
     submitted = {folder: job_id for job_id, folder in map(str.split, path.read_text().splitlines())}
-    said = subprocess.run(
-        ["squeue", "--noheader", "--me", "--array", "--format=%i"], stdout=subprocess.PIPE, check=True
-    )
-    queued = {folder: job_id for folder, job_id in submitted.items() if job_id in said.stdout.decode().split()}
+    known = subprocess.check_output(["squeue", "--noheader", "--me", "--array", "--format=%i"], text=True).split()
+    queued = {folder: job_id for folder, job_id in submitted.items() if job_id in known}
     return queued, submitted.keys() - queued.keys()
 
 
@@ -496,11 +498,8 @@ def run_slurm(jobs, folder, environment, dry_run):
             arrays[job.needs].append(job)
     for job in jobs.values():
         if job.folder in ended - done:
-            print(
-                f"{job.folder} did not end well and is submitted again; its log ends with:",
-                *last_lines(job),
-                sep="\n  ",
-            )
+            told = f"{job.folder} did not end well and is submitted again; its log ends with:"
+            print(told, *last_lines(job), sep="\n  ")
     for number, (needs, runs) in enumerate(arrays.items(), start=1):
         name = f"{os.path.basename(folder)}-{time.strftime('%m%d-%H%M%S')}-{number}"
         dependency = ":".join(["afterok", *(ids[need] for need in needs if need not in done)])
@@ -516,8 +515,7 @@ def run_slurm(jobs, folder, environment, dry_run):
         else:
             files.mkdir(parents=True, exist_ok=True)
             (files / f"{name}.txt").write_text("\n".join(lines) + "\n")
-            variables = dict(os.environ, PATH=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))
-            said = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+            said = subprocess.run(command, cwd=ROOT, env=with_this_python(), capture_output=True, text=True)
             if said.returncode:
                 raise SystemExit(f"error: sbatch refused {name}: {said.stderr.strip()}")
             array = said.stdout.strip().split(";")[0]  # on some clusters ";cluster" follows
@@ -543,9 +541,7 @@ if __name__ == "__main__":
     plan.students = args.students or plan.students
     plan.folder = os.path.relpath(args.folder or ROOT / "runs" / args.scale, ROOT)
     if not re.fullmatch(r"[\w./+-]+", plan.folder):
-        raise SystemExit(
-            f"error: --folder is {plan.folder} as seen from {ROOT}, expected no blanks nor signs; rename it"
-        )
+        raise SystemExit(f"error: --folder is {plan.folder} from {ROOT}, expected no blanks nor signs; rename it")
     known = {*plan.targets, *sum(plan.targets.values(), []), *plan.diverse_targets}
     unknown = [game for game in args.games if game not in known]
     if unknown:
@@ -576,9 +572,7 @@ if __name__ == "__main__":
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     gpus = [gpu for gpu in gpus if gpu]
     if args.backend == "local" and not (gpus or args.slots or plan.environment.get("CUDA_VISIBLE_DEVICES") == ""):
-        raise SystemExit(
-            "error: there is no GPU here, without which a run may take weeks; give --slots if that is meant"
-        )
+        raise SystemExit("error: there is no GPU here, without which a run may take weeks; give --slots to run it so")
     if args.dry_run:
         run_slurm(jobs, plan.folder, plan.environment, args.dry_run)
         sys.exit()

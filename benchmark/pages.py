@@ -52,8 +52,8 @@ TABLE2 = ["diverse-efficientzero", "diverse-xtra"]
 FIGURE7 = ["efficientzero", "efficientzero-l", "xtra", "xtra-small", "xtra-other", "frozen-h"]
 FIGURE8 = ["efficientzero", "transfer-h", "transfer-hg", "xtra"]
 FIGURE10 = ["teacher", "student", "multi-game"]
-SEVERAL = ["student", "small-student", "diverse-student", "cloned", "multi-game"]  # runs of several games
 FIGURE11 = ["efficientzero", "efficientzero-l", "efficientzero-l-512", "xtra"]
+SEVERAL = ["student", "small-student", "diverse-student", "cloned", "multi-game"]  # runs of several games
 SCALES = {  # in the order of the pages
     "paper": ("Atari", "Atari at the paper's sizes."),
     "small": ("Atari, reduced", "Real Atari games with smaller networks and fewer steps than the paper's."),
@@ -106,11 +106,12 @@ def improvement(scores, base):
 
 
 def median_improvement(scores, base):
+    """Table 1: the same as a median over games."""
     return median(ratios(scores, base))
 
 
 def median_of_three(scores, base):
-    """The same; nan for fewer than three games, whose median is their mean."""
+    """`median_improvement`; nan for fewer than three games, whose median is their mean."""
     return median_improvement(scores, base) if len(scores) > 2 else np.nan
 
 
@@ -295,9 +296,8 @@ def read_csv(path, columns):
     """A table of --results, empty if there is none yet."""
     if not os.path.isfile(path):
         return pd.DataFrame(columns=columns)
-    text = dict.fromkeys(
-        {"pretrained", "day", "card", "commit", "settings"} & set(columns), str
-    )  # a commit may look like a number
+    texts = {"pretrained", "day", "card", "commit", "settings"} & set(columns)  # a commit may look like a number
+    text = dict.fromkeys(texts, str)
     return pd.read_csv(path, dtype=text).fillna(dict.fromkeys(text, ""))[columns]
 
 
