@@ -119,7 +119,8 @@ class Transfer:
 class Args:
     env_id: str = "MsPacmanNoFrameskip-v4"  # the target game
     seed: int = 1  # seed of the experiment
-    total_timesteps: int = 100_000  # environment steps, and updates; 0 evaluates only (zero-shot)
+    total_timesteps: int = 100_000  # environment steps; 0 evaluates only (zero-shot)
+    steps_per_update: int = 1  # environment steps per update; more is a departure: cheap data where updates are dear
     extra_updates: int = 0  # updates after the last environment step; from 101 % on at a tenth of the rate (Table 2)
     num_envs: int = 8  # E, environments that play side by side, and updates between their steps
     learning_starts: int = 2_000  # environment steps before the first update; random, or searched if pretrained
@@ -145,8 +146,11 @@ def check_args(args):
     may_be_zero = ("seed", "total_timesteps", "extra_updates", "num_simulations", "learning_starts", "similarity_start")
     model.check_numbers(args, may_be_zero)
     E = args.num_envs
-    if args.total_timesteps % E or args.extra_updates % E:
-        raise SystemExit(f"error: --total-timesteps and --extra-updates must be multiples of --num-envs, here {E}")
+    if args.total_timesteps % (E * args.steps_per_update):
+        product = f"--num-envs times --steps-per-update, here {E * args.steps_per_update}"
+        raise SystemExit(f"error: --total-timesteps must be a multiple of {product}")
+    if args.extra_updates % E:
+        raise SystemExit(f"error: --extra-updates must be a multiple of --num-envs, here {E}")
     if args.extra_updates and args.total_timesteps == 0:
         raise SystemExit("error: --extra-updates need --total-timesteps before them; give both")
     if args.total_timesteps and args.num_simulations == 0:
@@ -882,7 +886,8 @@ if __name__ == "__main__":
     args = model.read_flags(Args, __doc__)
     check_args(args)
     E = args.num_envs
-    total_updates = args.total_timesteps + args.extra_updates
+    online_updates = args.total_timesteps // args.steps_per_update
+    total_updates = online_updates + args.extra_updates
 
     # TRY NOT TO MODIFY: seeding
     torch.manual_seed(args.seed)
@@ -992,7 +997,7 @@ if __name__ == "__main__":
     # TRY NOT TO MODIFY: start the game
     args.run_dir = run_dir
     writer = make_writer(args, run_name, updates)
-    log_every = max(1, min(100, args.total_timesteps // 100))  # updates
+    log_every = max(1, min(100, online_updates // 100))  # updates
     start_time, start_updates = time.time(), updates
     cycles = range(start_updates, total_updates + 1, E)
     # Each cycle begins with what is due before update number `updates`: so the untrained network is evaluated too.
@@ -1035,13 +1040,14 @@ if __name__ == "__main__":
         # The newest states always have a policy of the network that plays: it is searched after each step, for the next
         # one, and again where that network changes, as in the first cycle.
         result = None  # of the latest search of self-play
-        temperature = temperature_at(updates, args.total_timesteps)
+        temperature = temperature_at(updates, online_updates)
         if due(args.selfplay_interval):
             model.refresh(player.net, net)
             if env_steps >= random_steps:
                 result = reanalyze(player, replay, play.newest, legal, rng, noise=True)
-        # First the steps before learning, then one in each environment before its E updates.
-        wanted_steps = min(args.total_timesteps, max(args.learning_starts, updates + E))
+        # First the steps before learning, then those in each environment before their E updates.
+        wanted_steps = max(args.learning_starts, (updates + E) * args.steps_per_update)
+        wanted_steps = min(args.total_timesteps, wanted_steps)
         while env_steps < wanted_steps:
             # ALGO LOGIC: put action logic here
             if env_steps < random_steps:
@@ -1069,7 +1075,7 @@ if __name__ == "__main__":
         stored = own.start + np.flatnonzero(replay.acted[own])  # not the newest: their policies are played next
         rows = stalest(replay, stored, quota, args.reanalyze_reuse)
         reanalyze(reanalyzer, replay, rows, legal, rng, noise=True)
-        beta = args.priority_beta + (1 - args.priority_beta) * min(1.0, updates / (1.2 * args.total_timesteps))
+        beta = args.priority_beta + (1 - args.priority_beta) * min(1.0, updates / (1.2 * online_updates))
         rows, weight = sample(replay, games, sizes, E, args.priority_exponent, beta, rng)  # [E, B + offline] each
         td_steps = np.full(rows.shape, args.td_steps)  # fixed data do not age
         age = env_steps - replay.stored_at[rows[:, : args.batch_size]]
@@ -1099,7 +1105,7 @@ if __name__ == "__main__":
                 for game, cosine in zip(games[1:], cosines.tolist(), strict=True):
                     writer.add_scalar(f"transfer/grad_cosine/{short_name(game.env_id)}", cosine, update)
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-            optimizer.param_groups[0]["lr"] = learning_rate_at(update, args.total_timesteps, args.learning_rate)
+            optimizer.param_groups[0]["lr"] = learning_rate_at(update, online_updates, args.learning_rate)
             optimizer.step()
             numbers.append(torch.cat([priority, loss.view(1), norm.view(1)]))  # copied: a recording overwrites them
         numbers = torch.stack(numbers).cpu().numpy()  # [E, B + offline + 2]; this waits for a GPU
