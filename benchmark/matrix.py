@@ -67,11 +67,20 @@ EXPERIMENTS = {  # the methods of a table or figure; those of stage 1 are the mo
     "figure10": ["teacher", "student", "multi-game"],
     "figure11": ["efficientzero", "efficientzero-l", "efficientzero-l-512", "xtra"],
 }
+PROBE = """--blocks 1 --channels 16 --batch-size 32 --learning-rate 0.1 --num-simulations 16 --unroll-steps 5 --td-steps 5
+    --steps-per-update 8 --total-timesteps 16000 --learning-starts 1600 --target-interval 100 --eval-every 1000"""
+PROBES = {  # EfficientZero with one thing changed at a time, to find settings that learn on a CPU; not of the paper
+    "first": "",
+    "steps-1": "--steps-per-update 1 --total-timesteps 2000 --learning-starts 400",
+}
+METHODS |= {f"probe-{name}": (None, f"{PROBE} {flags}") for name, flags in PROBES.items()}
+EXPERIMENTS["probes"] = [f"probe-{name}" for name in PROBES]
 PIECES = {"small-teacher", "small-student", "diverse-student", "cloned"}  # which only others need
 EVERY_CATEGORY = {"table1", "figure5"}  # the other figures are of the first: the paper's are of shooters
 
 SHOOTERS = ["Assault", "Carnival", "Centipede", "DemonAttack", "Phoenix"]
 MAZES = ["Alien", "Amidar", "BankHeist", "MsPacman", "WizardOfWor"]
+PROBED = {"shooters": SHOOTERS, "mazes": MAZES}
 DIVERSE = ["Carnival", "Centipede", "Phoenix", "Pooyan", "Riverraid", "VideoPinball", "WizardOfWor", "YarsRevenge"]
 TOY_SIZE = """--channels 16 --batch-size 16 --learning-rate 0.04 --num-simulations 16 --unroll-steps 2 --td-steps 3
     --eval-episodes 16 --checkpoint-every 52"""
@@ -244,6 +253,9 @@ def choose_games(plan, experiment, games):
     """The targets of an experiment, of those that are wanted; without a wish the paper's."""
     if experiment == "table2":
         groups = {"diverse": plan.diverse_targets}
+        default = groups
+    elif experiment == "probes":
+        groups = PROBED
         default = groups
     else:
         groups = plan.targets
@@ -542,7 +554,10 @@ if __name__ == "__main__":
     plan.folder = os.path.relpath(args.folder or ROOT / "runs" / args.scale, ROOT)
     if not re.fullmatch(r"[\w./+-]+", plan.folder):
         raise SystemExit(f"error: --folder is {plan.folder} from {ROOT}, expected no blanks nor signs; rename it")
-    known = {*plan.targets, *sum(plan.targets.values(), []), *plan.diverse_targets}
+    if "probes" in args.experiments and args.scale != "small":
+        raise SystemExit(f"error: the probes are of --scale small, not of {args.scale}")
+    probed = PROBED if "probes" in args.experiments else {}
+    known = {*plan.targets, *sum([*plan.targets.values(), *probed.values()], []), *plan.diverse_targets}
     unknown = [game for game in args.games if game not in known]
     if unknown:
         choice = ", ".join(sorted(known))
@@ -553,7 +568,7 @@ if __name__ == "__main__":
         raise SystemExit(f"error: --methods {unknown[0]} is none; choose of {', '.join(sorted(methods))}")
     if not args.experiments and not args.list:
         raise SystemExit(f"error: --experiments is empty; give some of {', '.join(EXPERIMENTS)}, or --list")
-    experiments = args.experiments or EXPERIMENTS
+    experiments = args.experiments or [name for name in EXPERIMENTS if name != "probes"]
     plans = {name: plan_runs(plan, [name], args.games, args.seeds, args.methods) for name in experiments}
     for name in [name for name, runs in plans.items() if not runs]:
         print(f"{name} has none of these games and methods", file=sys.stderr)
