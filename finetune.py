@@ -146,9 +146,9 @@ def check_args(args):
     may_be_zero = ("seed", "total_timesteps", "extra_updates", "num_simulations", "learning_starts", "similarity_start")
     model.check_numbers(args, may_be_zero)
     E = args.num_envs
-    if args.total_timesteps % (E * args.steps_per_update):
-        product = f"--num-envs times --steps-per-update, here {E * args.steps_per_update}"
-        raise SystemExit(f"error: --total-timesteps must be a multiple of {product}")
+    cycle_steps = E * args.steps_per_update
+    if args.total_timesteps % cycle_steps:
+        raise SystemExit(f"error: --total-timesteps is no multiple of --num-envs * --steps-per-update = {cycle_steps}")
     if args.extra_updates % E:
         raise SystemExit(f"error: --extra-updates must be a multiple of --num-envs, here {E}")
     if args.extra_updates and args.total_timesteps == 0:
@@ -1046,8 +1046,7 @@ if __name__ == "__main__":
             if env_steps >= random_steps:
                 result = reanalyze(player, replay, play.newest, legal, rng, noise=True)
         # First the steps before learning, then those in each environment before their E updates.
-        wanted_steps = max(args.learning_starts, (updates + E) * args.steps_per_update)
-        wanted_steps = min(args.total_timesteps, wanted_steps)
+        wanted_steps = min(args.total_timesteps, max(args.learning_starts, (updates + E) * args.steps_per_update))
         while env_steps < wanted_steps:
             # ALGO LOGIC: put action logic here
             if env_steps < random_steps:

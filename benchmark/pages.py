@@ -528,6 +528,29 @@ def weights_table(data, methods):
     return table(["", "target", "offline game", "eta", "highest - lowest eta", "cosine", "autocorrelation"], rows)
 
 
+def probes_table(data):
+    """A line for each game and seed of each probe: what it changes, and its last score beside random play."""
+    rows = []
+    for name, flags in matrix.PROBES.items():
+        runs = data.all[data.all.method == f"probe-{name}"].sort_values(["game", "seed", "updates"])
+        for row in runs.groupby(["game", "seed"]).tail(1).itertuples():
+            score = f"{number(row.mean, digits=1)} ± {number(row.std, digits=1)} ({row.games})"
+            by_chance = number(data.random.get(row.game, np.nan), digits=1)
+            done = f"{row.updates:,}" + f" of {row.total_updates:,}" * (row.updates < row.total_updates)
+            line = [f"`{flags}`" if flags else "-", row.game, row.seed, f"{row.env_steps:,}", done, score, by_chance]
+            rows.append([*line, number(row.hours), row.commit])
+    header = [
+        "changed",
+        "game",
+        "seed",
+        "environment steps",
+        "updates",
+        "last score ± deviation (games)",
+        "random play",
+    ]
+    return table([*header, "hours of a core", "commit"], rows)
+
+
 def claims_table(data, claims):
     """-> the table, {verdict: identifiers}, identifiers of claims that no runs answer. claims: of claims.csv."""
     rows, verdicts, unanswered = [], defaultdict(list), []
@@ -575,6 +598,8 @@ def scale_section(data, claims, drawn):
         if pictures:
             parts += [f"### {title} ({SCALES[data.scale][0]})", *[make(data, methods) for make in makers]]
             parts += [f"![{name}](images/results/{name}.png)" for name in pictures]
+    if data.all.method.str.startswith("probe-").any():
+        parts += [f"### Probes ({SCALES[data.scale][0]})", PROBES_TOLD, probes_table(data)]
     text, verdicts, unanswered = claims_table(data, claims)
     parts += [f"### Claims ({SCALES[data.scale][0]})", text, count_verdicts(verdicts)]
     parts.append(f"No runs here answer {', '.join(unanswered) or 'none of the others'}.")
@@ -630,6 +655,9 @@ page.
   methods of a part were run in it. A median needs three games. A maximum over games is above 0 by chance alone: it has
   no verdict.
 """
+PROBES_TOLD = f"""EfficientZero from scratch on a CPU: every run that was made to find settings for it, those that failed
+too. All have these flags, and those of the first column instead of the same ones here:
+`{" ".join(matrix.PROBE.split())}`"""
 BLOCKS = [  # of the page of a scale: title, methods, tables, figures
     ("Similar games: Table 1", [*TABLE1, *ZERO_SHOT], [scores_table, aggregates_table], ["table1", "curves", "hours"]),
     ("Diverse offline games: Table 2", TABLE2, [scores_table, aggregates_table], ["table2"]),

@@ -300,7 +300,10 @@ def collect_run(folder, run):
     seed = run.flags["seed"]
     pretrained = folder if len(run.curves) > 1 else run.flags.get("pretrained")
     pretrained = os.path.basename(os.path.abspath(pretrained)) if pretrained else ""
-    total = run.flags.get("num_updates") or run.flags["total_timesteps"] + run.flags.get("extra_updates", 0)
+    total = run.flags.get("num_updates")
+    if total is None:
+        online = run.flags["total_timesteps"] // run.flags.get("steps_per_update", 1)
+        total = online + run.flags.get("extra_updates", 0)
     origin = run.origin.get("card", ""), run.origin.get("commit", ""), hash_settings(run.flags)
     rows = []
     for (game, env_steps, updates), scores in run.returns.items():
@@ -344,7 +347,7 @@ def collect(folders, results):
         if scale not in pages.SCALES or not method:
             print(f"{folder}: left out; its --exp-name is not a scale and a method, as in toy-xtra")
             continue
-        if method not in pages.METHODS and method not in matrix.PIECES:
+        if method not in {*pages.METHODS, *matrix.PIECES, *matrix.EXPERIMENTS["probes"]}:
             print(f"{folder}: collected, but on no page; METHODS of benchmark/pages.py lacks {method}")
         found = collect_run(folder, run)
         which = {row[: 5 if len(run.curves) > 1 else 4] for row in found[0]}  # scale, method, game, seed, student

@@ -44,7 +44,7 @@ RUNS = {  # run folder: script and flags
     "cloned": f"{DISTILL} teacher0 teacher1 --policy-target actions",
     "cloned-zero-shot": f"{FINETUNE} {TARGET} --pretrained cloned --total-timesteps 0 --num-simulations 0",
     "student-of-one": f"{DISTILL} teacher1",
-    "catch": f"{FINETUNE} toy_env:Catch-v2 --pretrained student-of-one --total-timesteps 16",
+    "catch": f"{FINETUNE} toy_env:Catch-v2 --pretrained student-of-one --total-timesteps 32 --steps-per-update 2",
 }
 
 
@@ -120,6 +120,7 @@ def test_a_run_folder_holds_the_files_of_its_run(chain):
     for run_dir, command in RUNS.items():
         names = {path.name for path in (chain[0] / run_dir).iterdir() if "tfevents" not in path.name}
         updates = sum(map(int, re.findall(r"--(?:num-updates|total-timesteps|extra-updates) (\d+)", command)))
+        updates //= 2 if "--steps-per-update 2" in command else 1
         files = {"evaluations.csv", "lock", "model.md", "model.pt"} | ({"checkpoint.pt"} if updates else set())
         files |= {"targets.npz"} if run_dir in ("teacher0", "teacher1") else set()
         files |= {"video-0.gif", "video-20.gif"} if run_dir == "frozen" else set()
