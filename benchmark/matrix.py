@@ -68,7 +68,8 @@ EXPERIMENTS = {  # the methods of a table or figure; those of stage 1 are the mo
     "figure11": ["efficientzero", "efficientzero-l", "efficientzero-l-512", "xtra"],
 }
 PROBE = """--blocks 1 --channels 16 --batch-size 32 --learning-rate 0.1 --num-simulations 16 --unroll-steps 5
-    --td-steps 5 --steps-per-update 8 --total-timesteps 16000 --learning-starts 1600 --target-interval 100 --eval-every 1000"""
+    --td-steps 5 --steps-per-update 8 --total-timesteps 16000 --learning-starts 1600 --target-interval 100
+    --eval-every 1000"""
 PROBES = {  # EfficientZero with one thing changed at a time, to find settings that learn on a CPU; not of the paper
     "first": "",
     "steps-1": "--steps-per-update 1 --total-timesteps 2000 --learning-starts 400",

@@ -655,8 +655,8 @@ page.
   methods of a part were run in it. A median needs three games. A maximum over games is above 0 by chance alone: it has
   no verdict.
 """
-PROBES_TOLD = f"""EfficientZero from scratch on a CPU: every run that was made to find settings for it, those that failed
-too. All have these flags, and those of the first column instead of the same ones here:
+PROBES_TOLD = f"""EfficientZero from scratch on a CPU: every run that was made to find settings for it, also those that
+failed. All have these flags, and those of the first column instead of the same ones here:
 `{" ".join(matrix.PROBE.split())}`"""
 BLOCKS = [  # of the page of a scale: title, methods, tables, figures
     ("Similar games: Table 1", [*TABLE1, *ZERO_SHOT], [scores_table, aggregates_table], ["table1", "curves", "hours"]),
