@@ -67,6 +67,7 @@ EXPERIMENTS = {  # the methods of a table or figure; those of stage 1 are the mo
     "figure10": ["teacher", "student", "multi-game"],
     "figure11": ["efficientzero", "efficientzero-l", "efficientzero-l-512", "xtra"],
 }
+OF_THE_PAPER = tuple(EXPERIMENTS)
 PROBE = """--blocks 1 --channels 16 --batch-size 32 --learning-rate 0.1 --num-simulations 16 --unroll-steps 5
     --td-steps 5 --steps-per-update 8 --total-timesteps 16000 --learning-starts 1600 --target-interval 100
     --eval-every 1000"""
@@ -569,7 +570,7 @@ if __name__ == "__main__":
         raise SystemExit(f"error: --methods {unknown[0]} is none; choose of {', '.join(sorted(methods))}")
     if not args.experiments and not args.list:
         raise SystemExit(f"error: --experiments is empty; give some of {', '.join(EXPERIMENTS)}, or --list")
-    experiments = args.experiments or [name for name in EXPERIMENTS if name != "probes"]
+    experiments = args.experiments or OF_THE_PAPER
     plans = {name: plan_runs(plan, [name], args.games, args.seeds, args.methods) for name in experiments}
     for name in [name for name, runs in plans.items() if not runs]:
         print(f"{name} has none of these games and methods", file=sys.stderr)

@@ -32,7 +32,7 @@ def make_plan(scale, folder="runs/x", **changes):
     return SimpleNamespace(**matrix.SCALES[scale] | {"scale_name": scale, "folder": str(folder)} | changes)
 
 
-def plan(scale, experiments=tuple(matrix.EXPERIMENTS), games=(), seeds=(1, 2, 3, 4, 5), **changes):
+def plan(scale, experiments=matrix.OF_THE_PAPER, games=(), seeds=(1, 2, 3, 4, 5), **changes):
     return matrix.plan_runs(make_plan(scale, **changes), experiments, games, seeds)
 
 
@@ -60,7 +60,8 @@ def test_the_diverse_setting_has_one_student_of_eight_games_for_five_targets():
 @pytest.mark.parametrize("scale", matrix.SCALES)
 def test_each_command_is_one_that_its_script_takes_and_comes_after_what_it_needs(scale):
     seen, methods = set(), set()
-    for folder, job in plan(scale, seeds=(1,)).items():
+    experiments = [*matrix.OF_THE_PAPER, *["probes"] * (scale == "small")]
+    for folder, job in plan(scale, experiments, seeds=(1,)).items():
         script, *words = job.words
         paths = [word for word in words if word.startswith("runs/")]
         folders = {os.path.dirname(path) if path.endswith(".npz") else path for path in paths}
