@@ -74,10 +74,8 @@ PROBE = """--blocks 1 --channels 16 --batch-size 32 --learning-rate 0.1 --num-si
 PROBES = {  # EfficientZero with one thing changed at a time, to find settings that learn on a CPU; not of the paper
     "first": "",
     "steps-1": "--steps-per-update 1 --total-timesteps 2000 --learning-starts 400",
-    "uniform": "--priority-exponent 0.001",
-    "policy-0.1": "--policy-coef 0.1",
+    "long": "--total-timesteps 40000 --eval-every 2500",
     "gain-3": "--action-gain 3",
-    "rate-0.3": "--learning-rate 0.3",
 }
 METHODS |= {f"probe-{name}": (None, f"{PROBE} {flags}") for name, flags in PROBES.items()}
 EXPERIMENTS["probes"] = [f"probe-{name}" for name in PROBES]
