@@ -529,26 +529,21 @@ def weights_table(data, methods):
 
 
 def probes_table(data):
-    """A line for each game and seed of each probe: what it changes, and its last score beside random play."""
+    """A line for each game and seed of each probe: what it changes, and its scores beside random play."""
     rows = []
     for name, flags in matrix.PROBES.items():
-        runs = data.all[data.all.method == f"probe-{name}"].sort_values(["game", "seed", "updates"])
-        for row in runs.groupby(["game", "seed"]).tail(1).itertuples():
-            score = f"{number(row.mean, digits=1)} ± {number(row.std, digits=1)} ({row.games})"
-            by_chance = number(data.random.get(row.game, np.nan), digits=1)
-            done = f"{row.updates:,}" + f" of {row.total_updates:,}" * (row.updates < row.total_updates)
-            line = [f"`{flags}`" if flags else "-", row.game, row.seed, f"{row.env_steps:,}", done, score, by_chance]
-            rows.append([*line, number(row.hours), row.commit])
-    header = [
-        "changed",
-        "game",
-        "seed",
-        "environment steps",
-        "updates",
-        "last score ± deviation (games)",
-        "random play",
-    ]
-    return table([*header, "hours of a core", "commit"], rows)
+        probes = data.all[data.all.method == f"probe-{name}"].sort_values("updates")
+        for (game, seed), evaluations in probes.groupby(["game", "seed"]):
+            last = evaluations.iloc[-1]
+            ended = last.updates >= last.total_updates
+            done = f"{last.updates:,}" if ended else f"{last.updates:,} of {last.total_updates:,}"
+            scores = ", ".join(number(score, digits=1) for score in evaluations["mean"])
+            scores += f" ± {number(last['std'], digits=1)} ({last.games})"
+            by_chance = number(data.random.get(game, np.nan), digits=1)
+            line = [f"`{flags}`" if flags else "-", game, seed, f"{last.env_steps:,}", done, scores, by_chance]
+            rows.append([*line, number(last.hours), last.commit])
+    header = ["changed", "game", "seed", "environment steps", "updates", "scores ± deviation of the last (games)"]
+    return table([*header, "random play", "hours of a core", "commit"], rows)
 
 
 def claims_table(data, claims):
@@ -577,7 +572,8 @@ def bounds_text(bounds):
 
 def last_lines(data):
     """The last line of each run and game, and those of them that count a run once, also one of several games."""
-    rows = data.all[~data.all.method.isin(["random", "perfect"])].sort_values(["updates", "env_steps"])
+    apart = ["random", "perfect", *matrix.EXPERIMENTS["probes"]]
+    rows = data.all[~data.all.method.isin(apart)].sort_values(["updates", "env_steps"])
     key = ["method", "game", "seed", "pretrained"]
     last = rows.groupby(key).tail(1).sort_values(key)
     which = last.game.where(~last.method.isin(SEVERAL), "")
@@ -592,14 +588,16 @@ def scale_section(data, claims, drawn):
     days = sorted({*runs.day} - {""})
     when = f", {days[0]} to {days[-1]}" if days else ""
     told = f"{len(runs)} runs, {runs.hours.sum():.1f} hours in all{when}. Different students of a target: {counts}."
-    parts = [f"## {SCALES[data.scale][0]}", f"{SCALES[data.scale][1]} {told}"]
+    parts = [f"## {SCALES[data.scale][0]}", f"{SCALES[data.scale][1]} {told}" if len(runs) else SCALES[data.scale][1]]
     for title, methods, makers, names in BLOCKS:
         pictures = [name for name in drawn if name.startswith(tuple(f"{data.scale}-{x}" for x in names))]
         if pictures:
             parts += [f"### {title} ({SCALES[data.scale][0]})", *[make(data, methods) for make in makers]]
             parts += [f"![{name}](images/results/{name}.png)" for name in pictures]
-    if data.all.method.str.startswith("probe-").any():
+    if data.all.method.isin(matrix.EXPERIMENTS["probes"]).any():
         parts += [f"### Probes ({SCALES[data.scale][0]})", PROBES_TOLD, probes_table(data)]
+    if not len(last):  # only probes
+        return "\n\n".join(parts)
     text, verdicts, unanswered = claims_table(data, claims)
     parts += [f"### Claims ({SCALES[data.scale][0]})", text, count_verdicts(verdicts)]
     parts.append(f"No runs here answer {', '.join(unanswered) or 'none of the others'}.")
@@ -676,6 +674,7 @@ def results_page(scales, claims, drawn):
 
 def readme_section(scales, claims, drawn):
     """What stands in README.md between the two lines of `MARKERS`."""
+    scales = [data for data in scales if len(data.finals)]  # the others have probes only
     methods = [method for method in [*TABLE1, *ZERO_SHOT] if any(shown(data, [method]) for data in scales)]
     rows = []
     for method in methods:
