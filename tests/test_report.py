@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_resume import run
 from torch.utils.tensorboard import SummaryWriter
 
-from benchmark import pages
+from benchmark import matrix, pages
 from benchmark import report as program
 from model import EfficientZeroNet, ModelConfig, load_model, save_model
 
@@ -251,6 +251,20 @@ def test_about_the_same_has_a_margin_and_all_parts_of_a_claim_must_hold():
     small, xtra = lines_of("xtra-small", [9, 9, 9]), lines_of("xtra", [10, 10, 10])
     assert verdict("D6", scratch + worse + small + xtra) == "reproduced"
     assert verdict("D6", scratch + lines_of("efficientzero-l", [9, 9, 9]) + small + xtra) == "not reproduced"
+
+
+def test_probes_have_a_table_of_their_own_and_count_nowhere_else():
+    probe = lines_of("probe-first", [4.0], first=1)
+    probe += lines_of("probe-long", [9.0], total=1_000)  # has not ended
+    data = read(probe)
+    page = pages.scale_section(data, data.paper.claims, [])
+    first, long = [line.split(" | ") for line in page.splitlines() if "Storm-v0" in line]
+    assert first[0] == "| -" and first[3:6] == ["100", "100", "1.0, 2.5, 4.0 ± 1.0 (32)"]
+    assert long[0] == f"| `{matrix.PROBES['long']}`" and long[4] == "100 of 1,000"
+    assert not len(data.finals) and "Every run" not in page
+    with_a_run = read(probe + lines_of("efficientzero", [5.0]))
+    assert pages.scale_section(with_a_run, data.paper.claims, []).count("efficientzero | Storm-v0") == 1
+    assert "Toy games" not in pages.readme_section([data], data.paper.claims, [])
 
 
 def test_half_of_a_gain_needs_a_gain():

@@ -145,6 +145,7 @@ def test_evaluations_are_at_the_right_steps(chain):
     assert evaluations(chain[0] / "xtra") == [[n, n, game, 20] for n in (0, 20, 40) for game in (0, 1)]  # 80 frames
     student = [[0, n, game, length] for n in (0, 16) for length in (20, 16) for game in (0, 1)]  # Catch ends by itself
     assert evaluations(chain[0] / "student") == student and evaluations(chain[0] / "frozen")[-1] == [16, 20, 1, 20]
+    assert [n for n, *_ in evaluations(chain[0] / "catch")] == [0, 0, 32, 32]  # two steps for each of 16 updates
 
 
 def test_eta_is_the_share_of_similar_gradients_in_the_last_measurement(chain):
