@@ -2,6 +2,7 @@
 # make quickstart   transfer between small games, then every stage once on real Atari; 8 minutes on 2 cores
 # make test         every test but the long ones
 # make faults       the long ones: kills at random instants, the checkpoint of a full-size run, transfer between toy games,
+#                   what a new network hears of real games,
 #                   a Slurm cluster of this machine (tests/slurm_local.sh download gets it)
 # make lint         ruff: rules and formatting
 # make clean        removes the virtual environment and the caches; runs/ and data/ stay
