@@ -235,6 +235,7 @@ def test_learning_rate(update, rate):
 @pytest.mark.parametrize("script", ["pretrain_teacher.py", "distill.py", "finetune.py"])
 def test_beta(script):
     (formula,) = re.findall(r"^ +beta = (.+)$", (ROOT / script).read_text(), re.MULTILINE)
-    args = SimpleNamespace(total_timesteps=100_000, num_updates=100_000, priority_beta=0.4)
+    args = SimpleNamespace(num_updates=100_000, priority_beta=0.4)
     for updates, beta in {0: 0.4, 60_000: 0.7, 100_000: 0.9, 120_000: 1.0, 130_000: 1.0}.items():
-        assert eval(formula, {"args": args, "updates": updates}) == pytest.approx(beta)
+        names = {"args": args, "updates": updates, "online_updates": 100_000}
+        assert eval(formula, names) == pytest.approx(beta)
