@@ -9,7 +9,7 @@ In: the run folder of `distill.py`; the offline games come with it. Out: a run f
 evaluations, and with --save-dataset what it collected. Without --pretrained this is the EfficientZero baseline.
 
 Letters: B batch, m offline games, K unroll steps, A actions (the 18 ALE ids), R rows of the replay, E environments and
-so updates of a cycle. There is one update per environment step of 4 frames; the x-axis is updates.
+so updates of a cycle. One update per environment step of 4 frames is the default; the x-axis is updates.
 """
 
 import difflib
@@ -122,7 +122,7 @@ class Args:
     total_timesteps: int = 100_000  # environment steps; 0 evaluates only (zero-shot)
     steps_per_update: int = 1  # environment steps per update; more is a departure: cheap data where updates are dear
     extra_updates: int = 0  # updates after the last environment step; from 101 % on at a tenth of the rate (Table 2)
-    num_envs: int = 8  # E, environments that play side by side, and updates between their steps
+    num_envs: int = 8  # E, environments that play side by side, and updates of a cycle
     learning_starts: int = 2_000  # environment steps before the first update; random, or searched if pretrained
     selfplay_interval: int = 100  # updates between networks that play
     batch_size: int = 256  # samples of the target game per update

@@ -89,7 +89,7 @@ def run(args, game, seed):
     scores = {}
     with open(folder / "evaluations.csv") as file:
         for row in csv.DictReader(file):
-            scores.setdefault(int(row["updates"]), []).append(float(row["return"]))
+            scores.setdefault(int(row["env_steps"]), []).append(float(row["return"]))
     return {steps: float(np.mean(scores[steps])) for steps in args.steps}, json.loads(done.read_text())["seconds"]
 
 
@@ -165,6 +165,8 @@ if __name__ == "__main__":
     unknown = [game for game in args.games if game not in gym.registry]
     if unknown:
         raise SystemExit(f"error: --games {unknown[0]} is not in tests/toy_env.py; choose from {' '.join(GAMES)}")
+    if "steps-per-update" in args.flags:
+        raise SystemExit("error: --flags has --steps-per-update, expected one step per update: --steps counts both")
     if not args.ceiling:
         bench(args)
     else:

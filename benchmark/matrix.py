@@ -71,7 +71,8 @@ OF_THE_PAPER = tuple(EXPERIMENTS)
 PROBE = """--blocks 1 --channels 16 --batch-size 32 --learning-rate 0.1 --num-simulations 16 --unroll-steps 5
     --td-steps 5 --steps-per-update 8 --total-timesteps 16000 --learning-starts 1600 --target-interval 100
     --eval-every 1000"""
-PROBES = {  # EfficientZero with one thing changed at a time, to find settings that learn on a CPU; not of the paper
+# EfficientZero with one thing changed at a time, and what follows from it, to find settings that learn on a CPU.
+PROBES = {
     "first": "",
     "steps-1": "--steps-per-update 1 --total-timesteps 2000 --learning-starts 400",
     "long": "--total-timesteps 40000 --eval-every 2500",
@@ -150,7 +151,9 @@ SCALES = {  # sizes, games and budgets; what a method is and which runs it needs
 
 @dataclass
 class Args:
-    experiments: tuple[Literal[tuple(EXPERIMENTS)], ...] = ()  # tables and figures of the paper; --list: all
+    experiments: tuple[
+        Literal[tuple(EXPERIMENTS)], ...
+    ] = ()  # tables and figures of the paper, or probes; --list: all of the paper
     methods: tuple[str, ...] = ()  # only these methods of the experiments, and what they need; default: all
     games: tuple[str, ...] = ()  # target games or categories; default: the paper's for each experiment
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # of stage 2; those of data, teachers and students: see --students

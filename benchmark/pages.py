@@ -541,9 +541,9 @@ def probes_table(data):
             scores += f" ± {number(last['std'], digits=1)} ({last.games})"
             by_chance = number(data.random.get(game, np.nan), digits=1)
             line = [f"`{flags}`" if flags else "-", game, seed, f"{last.env_steps:,}", done, scores, by_chance]
-            rows.append([*line, number(last.hours), last.day, last.card, last.commit])
+            rows.append([*line, number(last.hours), last.day, last.card, last.commit, last.settings])
     header = ["changed", "game", "seed", "environment steps", "updates", "scores ± deviation of the last (games)"]
-    return table([*header, "random play", "hours of a core", "day", "card", "commit"], rows)
+    return table([*header, "random play", "hours of a core", "day", "card", "commit", "settings"], rows)
 
 
 def claims_table(data, claims):
@@ -653,8 +653,9 @@ page.
   methods of a part were run in it. A median needs three games. A maximum over games is above 0 by chance alone: it has
   no verdict.
 """
-PROBES_TOLD = f"""EfficientZero from scratch on a CPU: every run that was made to find settings for it, also those that
-failed. All have these flags, and those of the first column instead of the same ones here; the commands are those of
+PROBES_TOLD = f"""EfficientZero from scratch on a CPU: the runs that were made to find settings for it, also those that
+failed. All have `--eval-episodes 8 --eval-max-frames 20000` and these flags, and those of the first column instead of
+the same ones here; the commands are those of
 `python benchmark/matrix.py --scale small --experiments probes --list`, one thread each, two at a time:
 `{" ".join(matrix.PROBE.split())}`"""
 BLOCKS = [  # of the page of a scale: title, methods, tables, figures
@@ -675,9 +676,9 @@ def results_page(scales, claims, drawn):
 
 def readme_section(scales, claims, drawn):
     """What stands in README.md between the two lines of `MARKERS`."""
-    scales = [data for data in scales if len(data.finals)]  # the others have probes only
+    scales = [data for data in scales if len(data.finals)]  # of the others no run has ended
     if not scales:
-        return "No runs of the paper's experiments yet: [docs/results.md](docs/results.md)."
+        return "No run of the paper's experiments has ended yet: [docs/results.md](docs/results.md)."
     methods = [method for method in [*TABLE1, *ZERO_SHOT] if any(shown(data, [method]) for data in scales)]
     rows = []
     for method in methods:

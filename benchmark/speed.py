@@ -201,6 +201,10 @@ if __name__ == "__main__":
     unknown = [{*tyro.cli(script.Args, **options)[1]} for script in (finetune, pretrain_teacher, distill)]
     for flag in [word for word in set.intersection(*unknown) if word.startswith("--")]:
         raise SystemExit(f"error: --flags has {flag}, expected flags of the scripts")
+    if "steps-per-update" in args.flags:
+        raise SystemExit(
+            "error: --flags has --steps-per-update, expected one step per update: the counter begins there"
+        )
     if args.quick:  # as in quickstart.sh
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     plan = PLANS["quick" if args.quick else "gpu" if torch.cuda.is_available() else "cpu"]

@@ -90,6 +90,21 @@ def test_runs_that_differ_in_more_than_their_seed_are_lines_of_their_own(tmp_pat
     assert [line[6] for line in lines] == ["12.0", "14.0"]  # of 12 + 1 and 12 + 3
 
 
+def test_several_steps_per_update_make_a_run_another_one_and_one_step_does_not(tmp_path, report):
+    for seed, (name, flags) in enumerate(
+        {"old": {}, "new": {"steps_per_update": 1}, "many": {"steps_per_update": 4}}.items()
+    ):
+        make_run(tmp_path / name, seed=seed, exp_name="toy-efficientzero", **flags)
+    runs = [program.read_run(str(tmp_path / name)) for name in ("old", "new", "many")]
+    old, new, many = [program.hash_settings(run.flags) for run in runs]
+    assert old == new != many
+    totals = [program.collect_run(str(tmp_path), run)[0][0][7] for run in runs]
+    assert totals == [100, 100, 25]  # updates, of 100 steps
+    error, out = report("old", "new", "many")
+    assert error is None
+    assert out.count("--steps-per-update 4") == 1 and "--steps-per-update 1" not in out
+
+
 def test_a_run_that_was_only_evaluated_and_one_without_scalars(tmp_path, report):
     make_run(tmp_path / "zero-shot", returns={0: [4, 6]}, scalars={}, pretrained="student", total_timesteps=0)
     error, out = report("zero-shot")

@@ -50,7 +50,10 @@ def chain(games, updates):
     offline = f"{TINY} --num-updates {updates} --cycle 2"
     commands = {
         "scratch": f"{online} --env-id {games[0]} --save-dataset scratch/data.npz",
-        "scratch2": with_flags(online, f"--total-timesteps 12 --env-id {games[1]} --save-dataset scratch2/data.npz"),
+        "scratch2": with_flags(
+            online,
+            f"--total-timesteps 48 --steps-per-update 2 --env-id {games[1]} --save-dataset scratch2/data.npz",
+        ),
         "teacher": f"pretrain_teacher.py {offline} --datasets scratch/data.npz",
         "teacher2": with_flags(f"pretrain_teacher.py {offline}", "--num-updates 2 --datasets scratch2/data.npz"),
         "student": f"distill.py {offline} --teachers teacher teacher2",
@@ -158,7 +161,7 @@ def work(toy, tmp_path):
     return shutil.copytree(toy[0], tmp_path, dirs_exist_ok=True)
 
 
-@pytest.mark.parametrize("name", ["scratch", "teacher", "student", "xtra"])
+@pytest.mark.parametrize("name", ["scratch", "scratch2", "teacher", "student", "xtra"])
 def test_a_killed_run_ends_as_if_it_had_not_been_killed(toy, work, name):
     shutil.rmtree(work / name)
     instants = random.Random(name)
