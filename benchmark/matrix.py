@@ -81,7 +81,7 @@ PROBES = {
 METHODS |= {f"probe-{name}": (None, f"{PROBE} {flags}") for name, flags in PROBES.items()}
 EXPERIMENTS["probes"] = [f"probe-{name}" for name in PROBES]
 PIECES = {"small-teacher", "small-student", "diverse-student", "cloned"}  # which only others need
-EVERY_CATEGORY = {"table1", "figure5"}  # the other figures are of the first: the paper's are of shooters
+EVERY_CATEGORY = {"table1", "figure5", "probes"}  # the other figures are of the first: the paper's are of shooters
 
 SHOOTERS = ["Assault", "Carnival", "Centipede", "DemonAttack", "Phoenix"]
 MAZES = ["Alien", "Amidar", "BankHeist", "MsPacman", "WizardOfWor"]
@@ -151,9 +151,7 @@ SCALES = {  # sizes, games and budgets; what a method is and which runs it needs
 
 @dataclass
 class Args:
-    experiments: tuple[
-        Literal[tuple(EXPERIMENTS)], ...
-    ] = ()  # tables and figures of the paper, or probes; --list: all of the paper
+    experiments: tuple[Literal[tuple(EXPERIMENTS)], ...] = ()  # tables, figures, or probes; --list: all but probes
     methods: tuple[str, ...] = ()  # only these methods of the experiments, and what they need; default: all
     games: tuple[str, ...] = ()  # target games or categories; default: the paper's for each experiment
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # of stage 2; those of data, teachers and students: see --students
@@ -260,13 +258,9 @@ def choose_games(plan, experiment, games):
     """The targets of an experiment, of those that are wanted; without a wish the paper's."""
     if experiment == "table2":
         groups = {"diverse": plan.diverse_targets}
-        default = groups
-    elif experiment == "probes":
-        groups = PROBED
-        default = groups
     else:
-        groups = plan.targets
-        default = groups if experiment in EVERY_CATEGORY else [*groups][:1]
+        groups = PROBED if experiment == "probes" else plan.targets
+    default = groups if experiment in EVERY_CATEGORY else [*groups][:1]
     wanted = [game for name in games or default for game in groups.get(name, [name])]
     return [game for group in groups.values() for game in group if game in wanted]
 
@@ -562,7 +556,7 @@ if __name__ == "__main__":
     if not re.fullmatch(r"[\w./+-]+", plan.folder):
         raise SystemExit(f"error: --folder is {plan.folder} from {ROOT}, expected no blanks nor signs; rename it")
     if "probes" in args.experiments and args.scale != "small":
-        raise SystemExit(f"error: the probes are of --scale small, not of {args.scale}")
+        raise SystemExit(f"error: --experiments probes is of --scale small, not of {args.scale}; give that")
     probed = PROBED if "probes" in args.experiments else {}
     known = {*plan.targets, *sum([*plan.targets.values(), *probed.values()], []), *plan.diverse_targets}
     unknown = [game for game in args.games if game not in known]

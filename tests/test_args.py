@@ -32,14 +32,8 @@ TRANSFER |= {"task_weights": True, "paper_loss": False, "offline_batch_size": 25
 TRANSFER |= {"similarity_updates": 500, "similarity_start": 10_000, "similarity_threshold": 0.1}
 DISTILL = {"teachers": (), "policy_target": "teacher", "num_simulations": 50, "c_init": 1.25}
 OFFLINE = {"seed": 1, "num_updates": 100_000, "cycle": 8, "batch_size": 256, "channels": 64, "blocks": 4}
-ONLINE = {
-    "env_id": "MsPacmanNoFrameskip-v4",
-    "seed": 1,
-    "total_timesteps": 100_000,
-    "steps_per_update": 1,
-    "extra_updates": 0,
-    "num_envs": 8,
-}
+ONLINE = {"env_id": "MsPacmanNoFrameskip-v4", "seed": 1, "total_timesteps": 100_000, "steps_per_update": 1}
+ONLINE |= {"extra_updates": 0, "num_envs": 8}
 ONLINE |= {"learning_starts": 2_000, "selfplay_interval": 100, "batch_size": 256, "channels": None, "blocks": None}
 ONLINE |= {"save_dataset": None, "capture_video": False}
 GROUPS = {

@@ -73,20 +73,23 @@ def pretrain(folder):
     return curves(folder, games)
 
 
-def test_xtra_learns_an_unseen_game_in_steps_that_do_not_suffice_from_scratch(tmp_path):
+def test_xtra_learns_an_unseen_game_in_half_of_the_steps_that_it_takes_from_scratch(tmp_path):
     """Ten seeds (docs/learning.md): XTRA has 10.1 zero-shot, 12.4 to 15.1 after 96 steps, 12.5 to 15.6 after 104; from
     scratch the best has 9.2 after 208 steps. Fruit and Rocks have 15.1 to 16, and 7.6 and 13.0 with seed 3.
 
-    On another machine the same commands made another student: 7.2 zero-shot, 9.6 after 104 steps, 14.0 after 160."""
+    On another machine the same commands made another student: 7.2 zero-shot, 9.6 after 104 steps, 14.0 after 160, where
+    from scratch it takes 416. So the number of steps is not asked for closely, but half of those from scratch is."""
     sources = pretrain(tmp_path)
-    runs = {"xtra-1": f"{XTRA} --seed 1", "scratch-1": f"{STORM} --total-timesteps 208 --seed 1"}
+    runs = {"xtra-1": f"{XTRA} --seed 1"}
+    runs |= {f"scratch-{steps}": f"{STORM} --total-timesteps {steps} --seed 1" for steps in (208, 416)}
     run_all(tmp_path, runs)
     for name, points in sources.items():  # EfficientZero from scratch
         assert points[-1][1] >= 6, name
-    xtra, scratch = curves(tmp_path, runs).values()
+    xtra, scratch, longer = curves(tmp_path, runs).values()
     assert 4 <= xtra[0][1] <= 12  # zero-shot: a quarter to three quarters of perfect play
     assert steps_to_threshold(xtra) <= 160
     assert steps_to_threshold(scratch) is None  # in 208 steps
+    assert 2 * steps_to_threshold(xtra) <= (steps_to_threshold(longer) or 416)
 
 
 @pytest.mark.faults
