@@ -77,6 +77,7 @@ PROBES = {
     "steps-1": "--steps-per-update 1 --total-timesteps 2000 --learning-starts 400",
     "long": "--total-timesteps 40000 --eval-every 2500",
     "gain-3": "--action-gain 3",
+    "policy-01": "--policy-coef 0.1",
 }
 METHODS |= {f"probe-{name}": (None, f"{PROBE} {flags}") for name, flags in PROBES.items()}
 EXPERIMENTS["probes"] = [f"probe-{name}" for name in PROBES]
