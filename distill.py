@@ -48,6 +48,7 @@ class Training:
     consistency_coef: float = 2.0  # weight of the likeness of latents predicted by g and encoded by h
     step_statistics: bool = True  # whether searches use batch norm statistics of each unroll step; released code: no
     action_gain: float = 30.0  # factor on the initial weights of the model g for the action; released code: 1
+    one_hot_actions: bool = False  # whether the model g gets one plane per action, not one of a/18; a departure
 
 
 # Copied from pretrain_teacher.py
@@ -560,7 +561,8 @@ if __name__ == "__main__":
 
     # agent setup
     norm_steps = args.unroll_steps if args.step_statistics else 0
-    config = model.ModelConfig.of_width(args.channels, args.blocks, norm_steps=norm_steps, action_gain=args.action_gain)
+    actions = {"action_gain": args.action_gain, "one_hot_actions": args.one_hot_actions}
+    config = model.ModelConfig.of_width(args.channels, args.blocks, norm_steps=norm_steps, **actions)
     net = model.EfficientZeroNet(config).to(device, memory_format=torch.channels_last).train()
     parameters = list(net.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)

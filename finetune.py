@@ -52,6 +52,7 @@ class Training:
     consistency_coef: float = 2.0  # weight of the likeness of latents predicted by g and encoded by h
     step_statistics: bool = True  # whether searches use batch norm statistics of each unroll step; released code: no
     action_gain: float = 30.0  # factor on the initial weights of the model g for the action; released code: 1
+    one_hot_actions: bool = False  # whether the model g gets one plane per action, not one of a/18; a departure
 
 
 # Copied from pretrain_teacher.py
@@ -838,8 +839,8 @@ def load_networks(args):
     """
     norm_steps = args.unroll_steps if args.step_statistics else 0
     if args.pretrained is None:
-        options = {"norm_steps": norm_steps, "action_gain": args.action_gain}
-        config = model.ModelConfig.of_width(args.channels or 64, args.blocks or 1, **options)
+        actions = {"action_gain": args.action_gain, "one_hot_actions": args.one_hot_actions}
+        config = model.ModelConfig.of_width(args.channels or 64, args.blocks or 1, norm_steps=norm_steps, **actions)
         return model.EfficientZeroNet(config), {}
     pretrained, info = model.load_model(f"{args.pretrained}/model.pt")
     for name in ("channels", "blocks"):
@@ -850,6 +851,9 @@ def load_networks(args):
         found = f"batch norm statistics of {pretrained.config.norm_steps} unroll steps, this run has {norm_steps}"
         hint = "give the --unroll-steps and --step-statistics of that run"
         raise SystemExit(f"error: --pretrained {args.pretrained} has {found}; {hint}")
+    if args.total_timesteps and args.one_hot_actions != pretrained.config.one_hot_actions:
+        flag = "--one-hot-actions" if pretrained.config.one_hot_actions else "--no-one-hot-actions"
+        raise SystemExit(f"error: --pretrained {args.pretrained} was trained with {flag}; give that flag here too")
     if args.cross_task and args.total_timesteps and not (args.teachers or info.get("teacher_folders")):
         hint = "give a student of distill.py, or --teachers or --no-cross-task"
         raise SystemExit(f"error: --pretrained {args.pretrained} names no teachers; {hint}")

@@ -74,6 +74,7 @@ class ModelConfig:
     activation: str = "ReLU"  # a module of torch.nn
     norm_steps: int = 5  # unroll steps whose batch norm statistics g and f keep apart; 0: one mixture of all steps
     action_gain: float = 30.0  # factor on the initial weights of g for the action (then without effect); 1: PyTorch's
+    one_hot_actions: bool = False  # whether g gets one plane per action; else one of a / 18, like the released code
 
     @classmethod
     def of_width(cls, channels, blocks, **others):
@@ -278,11 +279,13 @@ class DynamicsNetwork(nn.Module):
         c, lstm_size = config.channels, config.lstm_size
         norm = functools.partial(StepNorm, steps=config.norm_steps)
         self.actions = config.actions
+        self.one_hot_actions = config.one_hot_actions
         self.norm_steps = config.norm_steps
-        self.conv = Layers(conv3x3(c + 1, c), norm(c))
+        planes = config.actions if config.one_hot_actions else 1  # P
+        self.conv = Layers(conv3x3(c + planes, c), norm(c))
         # One plane of a / 18 beside C of the latent: with PyTorch's weights it makes 0.15 % of the output's variance
         # (C = 64). For hundreds of updates g would say the same of every action, and a search had nothing to compare.
-        self.conv[0].weight.data[:, -1] *= config.action_gain
+        self.conv[0].weight.data[:, c:] *= config.action_gain
         self.activation = activation(config)
         self.block = ResidualBlock(config, c, c, norm=norm)
         self.reduce = conv1x1_flatten(config)
@@ -297,9 +300,13 @@ class DynamicsNetwork(nn.Module):
         """
         prefix_step = ((step - 1) % VALUE_PREFIX_HORIZON + 1).clamp(max=self.norm_steps)  # its LSTM started again
         step = step.clamp(max=self.norm_steps)  # beyond what was learned: the last row
-        action_plane = (action.to(latent.dtype) / self.actions).view(-1, 1, 1, 1).expand(-1, 1, 6, 6)
-        action_plane = action_plane.contiguous(memory_format=torch.channels_last)  # so that `cat` keeps its order
-        x = self.conv(torch.cat([latent, action_plane], dim=1), step)  # [B, C+1, 6, 6] -> [B, C, 6, 6]
+        if self.one_hot_actions:
+            planes = F.one_hot(action, self.actions).to(latent.dtype)  # [B, A], P = A
+        else:
+            planes = action.to(latent.dtype)[:, None] / self.actions  # [B, 1], P = 1
+        planes = planes[:, :, None, None].expand(-1, -1, 6, 6)  # [B, P, 6, 6]
+        planes = planes.contiguous(memory_format=torch.channels_last)  # so that `cat` keeps its order
+        x = self.conv(torch.cat([latent, planes], dim=1), step)  # [B, C+P, 6, 6] -> [B, C, 6, 6]
         # The scaling sits before every use of the new latent, the value prefix included: the reference's hook halves
         # the whole gradient that arrives there, so the step-k losses reach the root latent with a factor 0.5^k.
         latent = scale_gradient(self.block(self.activation(x + latent), step), 0.5)
