@@ -78,7 +78,7 @@ PROBES = {
     "long": "--total-timesteps 40000 --eval-every 2500",
     "gain-3": "--action-gain 3",
     "policy-01": "--policy-coef 0.1",
-    "one-hot": "--one-hot-actions --action-gain 10",
+    "one-hot": "--one-hot-actions --action-gain 4",
 }
 METHODS |= {f"probe-{name}": (None, f"{PROBE} {flags}") for name, flags in PROBES.items()}
 EXPERIMENTS["probes"] = [f"probe-{name}" for name in PROBES]

@@ -13,7 +13,7 @@ from torch import nn
 
 import finetune
 import model
-from model import EfficientZeroNet, ModelConfig, StepNorm, inference_copy, load_model
+from model import EfficientZeroNet, ModelConfig, StepNorm, inference_copy, load_model, save_model
 
 HEADS = {"head_channels": 4, "head_hidden": 8, "projector_hidden": 20, "projector_out": 16, "predictor_hidden": 10}
 TINY = ModelConfig(channels=8, lstm_size=12, **HEADS)
@@ -123,21 +123,41 @@ def test_the_action_enters_as_one_plane_of_a_over_18():
     assert torch.equal(seen[0], torch.cat([latent, expected], dim=1))
 
 
+def test_one_hot_actions_enter_as_one_plane_each(tmp_path):
+    """Away from the border an action adds the sum of its own nine weights to what g's first convolution makes of the
+    latent; the two networks also share all other sizes, and a file keeps which one it is."""
+    net = tiny_net(config=replace(TINY, one_hot_actions=True)).eval()
+    conv, said = net.dynamics.conv[0], []
+    conv.register_forward_hook(lambda module, inputs, output: said.append(output))
+    latent, action = torch.rand(3, 8, 6, 6), torch.tensor([0, 9, 17])
+    net.dynamics(latent, action, net.initial_lstm_state(3, latent), torch.tensor([1]))
+    of_latent = nn.functional.conv2d(latent, conv.weight[:, :8], padding=1)
+    of_action = conv.weight[:, 8:].sum((2, 3)).T[action]  # [3, 8]
+    inner = (said[0] - of_latent)[:, :, 1:-1, 1:-1]
+    torch.testing.assert_close(inner, of_action[:, :, None, None].expand_as(inner))
+    sizes = [{name: x.shape for name, x in each.state_dict().items()} for each in (net, tiny_net())]
+    assert {name for name in sizes[0] if sizes[0][name] != sizes[1][name]} == {"dynamics.conv.0.weight"}
+    save_model(f"{tmp_path}/model.pt", net)
+    assert load_model(f"{tmp_path}/model.pt")[0].config == net.config
+
+
 @pytest.mark.parametrize("channels", [16, 64])
 def test_the_action_is_heard_by_a_new_network(channels):
     """Its share of the variance of g's first convolution, over actions that are drawn evenly, is about a half. With
     PyTorch's initial weights it is 0.5 % or less: g would say the same of every action for hundreds of updates."""
     shares = []
-    for options in ({}, {"action_gain": 1.0}):
+    for options in ({}, {"action_gain": 1.0}, {"action_gain": 4.0, "one_hot_actions": True}):
         torch.manual_seed(0)
         net = EfficientZeroNet(ModelConfig.of_width(channels, 1, **options))
         latent = net.representation(some_obs(16))  # [16, C, 6, 6]
-        planes = (torch.arange(18) / 18).view(18, 1, 1, 1, 1).expand(18, 16, 1, 6, 6)
-        inputs = torch.cat([latent.expand(18, *latent.shape), planes], dim=2)  # [18, 16, C + 1, 6, 6]
+        planes = torch.eye(18) if net.config.one_hot_actions else torch.arange(18)[:, None] / 18  # [18, P]
+        planes = planes[:, None, :, None, None].expand(-1, 16, -1, 6, 6)
+        inputs = torch.cat([latent.expand(18, *latent.shape), planes], dim=2)  # [18, 16, C + P, 6, 6]
         said = net.dynamics.conv[0](inputs.flatten(0, 1)).unflatten(0, (18, 16))
         shares.append((said.var(0).mean() / said.transpose(0, 2).flatten(1).var(1).mean()).item())
-    print(f"{channels} channels: the action's share is {shares[0]:.2%}, with --action-gain 1 {shares[1]:.2%}")
-    assert 0.3 < shares[0] < 0.8 and shares[1] < 0.01
+    one_hot = f"with --action-gain 4 --one-hot-actions {shares[2]:.2%}"
+    print(f"{channels} channels: the action's share is {shares[0]:.2%}, with --action-gain 1 {shares[1]:.2%}, {one_hot}")
+    assert 0.3 < shares[0] < 0.8 and shares[1] < 0.01 and 0.15 < shares[2] < 0.8
 
 
 def random_obs(game, steps=400):

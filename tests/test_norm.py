@@ -103,6 +103,7 @@ def test_a_node_is_normalised_by_the_statistics_of_its_depth():
 def test_a_file_keeps_which_statistics_it_has_and_a_run_with_others_says_so(tmp_path):
     args = SimpleNamespace(pretrained=str(tmp_path), channels=None, blocks=None, teachers=("a",), cross_task=True)
     args.transfer, args.action_gain, args.unroll_steps, args.total_timesteps = "hgf", 1.0, 5, 8
+    args.one_hot_actions = False
     for norm_steps, args.step_statistics in ((5, True), (0, False)):
         net = of_steps(norm_steps)
         model.save_model(f"{tmp_path}/model.pt", net)
