@@ -79,6 +79,7 @@ PROBES = {
     "gain-3": "--action-gain 3",
     "policy-01": "--policy-coef 0.1",
     "one-hot": "--one-hot-actions --action-gain 4",
+    "one-hot-td-20": "--one-hot-actions --action-gain 4 --td-steps 20",
     "one-hot-long": "--one-hot-actions --action-gain 4 --total-timesteps 80000 --target-interval 200 --eval-every 2500",
 }
 METHODS |= {f"probe-{name}": (None, f"{PROBE} {flags}") for name, flags in PROBES.items()}
