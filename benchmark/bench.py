@@ -45,6 +45,7 @@ class Args:
     seeds: tuple[int, ...] = (1, 2, 3)  # of the runs, or of the ceilings
     steps: tuple[int, ...] = (200, 400, 600, 800, 1000)  # multiples of the first; the last is the length of the runs
     action_gain: float = 30.0  # as in finetune.py, of runs and ceilings
+    one_hot_actions: bool = False  # as in finetune.py, of runs and ceilings
     flags: str = ""  # more flags for finetune.py, as in --flags="--value-coef 1"; they win over the bench's own
     folder: str = "runs/bench"  # where the run folders are; one folder for each set of flags
     output: str | None = None  # a CSV file for the scores
@@ -70,10 +71,15 @@ def best_actions(env):
     return np.isin(np.arange(18), env.best_actions())
 
 
+def action_flags(args):
+    """How g gets the action, as flags of finetune.py."""
+    return f"--action-gain {args.action_gain} --{'' if args.one_hot_actions else 'no-'}one-hot-actions"
+
+
 def run(args, game, seed):
     """One run of finetune.py, unless it is there -> {environment steps: mean score}, seconds."""
     folder = Path(args.folder) / f"{game}-{seed}"
-    flags = f"{SMALL} --action-gain {args.action_gain} {args.flags} --env-id toy_env:{game} --seed {seed}"
+    flags = f"{SMALL} {action_flags(args)} {args.flags} --env-id toy_env:{game} --seed {seed}"
     flags += f" --eval-every {args.steps[0]} --total-timesteps {args.steps[-1]} --run-dir {folder} --resume"
     words = [sys.executable, str(ROOT / "finetune.py"), *override(flags.split())]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
@@ -99,7 +105,7 @@ def bench(args):
     with ThreadPoolExecutor(args.slots) as pool:
         results = dict(zip(jobs, pool.map(lambda job: run(args, *job), jobs), strict=True))
     rows = []
-    flags = f"--action-gain {args.action_gain} {args.flags}"
+    flags = f"{action_flags(args)} {args.flags}"
     header = "".join(f"{steps:>8}" for steps in args.steps)
     print(f"{'game':<12}{'random':>8}{'optimum':>8}  seed{header}   share  seconds")
     for game in args.games:
@@ -137,7 +143,8 @@ def ceiling(args, game, seed, updates=400, stored=1000, K=2):
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
-    config = model.ModelConfig.of_width(16, 1, norm_steps=K, action_gain=args.action_gain)
+    actions = {"action_gain": args.action_gain, "one_hot_actions": args.one_hot_actions}
+    config = model.ModelConfig.of_width(16, 1, norm_steps=K, **actions)
     net = model.EfficientZeroNet(config).train()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.04, momentum=0.9, weight_decay=1e-4)
     coefficients = {"value_prefix": 1.0, "policy": 1.0, "value": 0.25, "consistency": 2.0}

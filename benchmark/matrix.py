@@ -88,6 +88,7 @@ PROBES = {
     "one-hot-td-20": "--one-hot-actions --action-gain 4 --td-steps 20",
     "one-hot-long": "--one-hot-actions --action-gain 4 --total-timesteps 80000 --target-interval 200 --eval-every 2500",
 }
+PROBES["one-hot-td-20-long"] = f"{PROBES['one-hot-long']} --td-steps 20"
 METHODS |= {f"probe-{name}": (None, f"{PROBE} {flags}") for name, flags in PROBES.items()}
 EXPERIMENTS["probes"] = [f"probe-{name}" for name in PROBES]
 PIECES = {"small-teacher", "small-student", "diverse-student", "cloned"}  # which only others need
