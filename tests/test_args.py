@@ -20,7 +20,7 @@ SCRIPTS = ["pretrain_teacher", "distill", "finetune"]
 # flags and defaults by the group of --help that they stand in; the paper's, or the released code's where it has none
 TRAINING = {"unroll_steps": 5, "learning_rate": 0.2, "momentum": 0.9, "weight_decay": 1e-4, "max_grad_norm": 5.0}
 TRAINING |= {"value_prefix_coef": 1.0, "policy_coef": 1.0, "value_coef": 0.25, "consistency_coef": 2.0}
-TRAINING |= {"step_statistics": True, "action_gain": 30.0}  # ours
+TRAINING |= {"step_statistics": True, "action_gain": 30.0, "one_hot_actions": False}  # ours
 TARGETS = {"gamma": 0.997**4, "td_steps": 5, "clip_rewards": True, "priority_exponent": 0.6, "priority_beta": 0.4}
 SEARCH = {"num_simulations": 50, "c_init": 1.25, "dirichlet_alpha": 0.3, "dirichlet_fraction": 0.25}
 SEARCH |= {"reanalyze_reuse": 4, "target_interval": 200}

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -139,6 +140,18 @@ def test_one_hot_actions_enter_as_one_plane_each(tmp_path):
     assert {name for name in sizes[0] if sizes[0][name] != sizes[1][name]} == {"dynamics.conv.0.weight"}
     save_model(f"{tmp_path}/model.pt", net)
     assert load_model(f"{tmp_path}/model.pt")[0].config == net.config
+
+
+def test_a_run_that_gives_g_other_planes_than_its_student_says_so(tmp_path):
+    args = SimpleNamespace(pretrained=str(tmp_path), channels=None, blocks=None, cross_task=False, transfer="hgf")
+    args.total_timesteps, args.unroll_steps, args.step_statistics, args.action_gain = 8, 5, True, 30.0
+    for one_hot, flag in ((True, "--one-hot-actions"), (False, "--no-one-hot-actions")):
+        save_model(f"{tmp_path}/model.pt", tiny_net(config=replace(TINY, one_hot_actions=one_hot)))
+        args.one_hot_actions = one_hot
+        assert finetune.load_networks(args)[0].config.one_hot_actions == one_hot
+        args.one_hot_actions = not one_hot
+        with pytest.raises(SystemExit, match=f" was trained with {flag}; give that flag here too"):
+            finetune.load_networks(args)
 
 
 @pytest.mark.parametrize("channels", [16, 64])
