@@ -120,8 +120,9 @@ def read_run(folder):
     events.Reload()
     logged = {key: events.Scalars(key) for key in events.Tags()["scalars"]}
     scalars = {key: ([e.step for e in series], [e.value for e in series]) for key, series in logged.items()}
-    # Runs from before this flag have none: they are no others than those with its default.
-    flags = {name: value for name, value in info["args"].items() if (name, value) != ("steps_per_update", 1)}
+    # Runs from before these flags have none: they are no others than those with their defaults.
+    defaults = {"steps_per_update": 1, "one_hot_actions": False}
+    flags = {name: value for name, value in info["args"].items() if defaults.get(name, ...) != value}
     run = SimpleNamespace(flags=flags, method=method_of(flags))
     run.origin = info.get("origin", {})
     run.env_ids = env_ids

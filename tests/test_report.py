@@ -90,14 +90,14 @@ def test_runs_that_differ_in_more_than_their_seed_are_lines_of_their_own(tmp_pat
     assert [line[6] for line in lines] == ["12.0", "14.0"]  # of 12 + 1 and 12 + 3
 
 
-def test_several_steps_per_update_make_a_run_another_one_and_one_step_does_not(tmp_path, report):
-    for seed, (name, flags) in enumerate(
-        {"old": {}, "new": {"steps_per_update": 1}, "many": {"steps_per_update": 4}}.items()
-    ):
+def test_departures_make_a_run_another_one_and_their_defaults_do_not(tmp_path, report):
+    defaults = {"steps_per_update": 1, "one_hot_actions": False}
+    departures = {"old": {}, "new": defaults, "many": {"steps_per_update": 4}, "planes": {"one_hot_actions": True}}
+    for seed, (name, flags) in enumerate(departures.items()):
         make_run(tmp_path / name, seed=seed, exp_name="toy-efficientzero", **flags)
+    hashes = [program.hash_settings(program.read_run(str(tmp_path / name)).flags) for name in departures]
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
     runs = [program.read_run(str(tmp_path / name)) for name in ("old", "new", "many")]
-    old, new, many = [program.hash_settings(run.flags) for run in runs]
-    assert old == new != many
     totals = [program.collect_run(str(tmp_path), run)[0][0][7] for run in runs]
     assert totals == [100, 100, 25]  # updates, of 100 steps
     error, out = report("old", "new", "many")
