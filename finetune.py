@@ -52,7 +52,7 @@ class Training:
     consistency_coef: float = 2.0  # weight of the likeness of latents predicted by g and encoded by h
     step_statistics: bool = True  # whether searches use batch norm statistics of each unroll step; released code: no
     action_gain: float = 30.0  # factor on the initial weights of the model g for the action; released code: 1
-    one_hot_actions: bool = False  # whether the model g gets one plane per action, not one of a/18; a departure
+    one_hot_actions: bool = False  # one plane per action for g, not one of a/18: a departure, for --action-gain 4
 
 
 # Copied from pretrain_teacher.py

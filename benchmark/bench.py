@@ -73,7 +73,7 @@ def best_actions(env):
 
 def action_flags(args):
     """How g gets the action, as flags of finetune.py."""
-    return f"--action-gain {args.action_gain} --{'' if args.one_hot_actions else 'no-'}one-hot-actions"
+    return f"--action-gain {args.action_gain}" + args.one_hot_actions * " --one-hot-actions"
 
 
 def run(args, game, seed):
