@@ -278,11 +278,11 @@ class DynamicsNetwork(nn.Module):
         super().__init__()
         c, lstm_size = config.channels, config.lstm_size
         norm = functools.partial(StepNorm, steps=config.norm_steps)
-        self.actions = config.actions
-        self.one_hot_actions = config.one_hot_actions
         self.norm_steps = config.norm_steps
-        planes = config.actions if config.one_hot_actions else 1  # P
-        self.conv = Layers(conv3x3(c + planes, c), norm(c))
+        ramp = torch.arange(config.actions)[:, None] / config.actions  # [A, 1]
+        values = torch.eye(config.actions) if config.one_hot_actions else ramp  # [A, P] of an action's P planes
+        self.register_buffer("plane_values", values, persistent=False)
+        self.conv = Layers(conv3x3(c + values.shape[1], c), norm(c))
         # One plane of a / 18 beside C of the latent: with PyTorch's weights it makes 0.15 % of the output's variance
         # (C = 64). For hundreds of updates g would say the same of every action, and a search had nothing to compare.
         self.conv[0].weight.data[:, c:] *= config.action_gain
@@ -300,10 +300,7 @@ class DynamicsNetwork(nn.Module):
         """
         prefix_step = ((step - 1) % VALUE_PREFIX_HORIZON + 1).clamp(max=self.norm_steps)  # its LSTM started again
         step = step.clamp(max=self.norm_steps)  # beyond what was learned: the last row
-        if self.one_hot_actions:
-            planes = F.one_hot(action, self.actions).to(latent.dtype)  # [B, A], P = A
-        else:
-            planes = action.to(latent.dtype)[:, None] / self.actions  # [B, 1], P = 1
+        planes = self.plane_values[action].to(latent.dtype)  # [B, P]
         planes = planes[:, :, None, None].expand(-1, -1, 6, 6)  # [B, P, 6, 6]
         planes = planes.contiguous(memory_format=torch.channels_last)  # so that `cat` keeps its order
         x = self.conv(torch.cat([latent, planes], dim=1), step)  # [B, C+P, 6, 6] -> [B, C, 6, 6]

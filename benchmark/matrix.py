@@ -71,6 +71,8 @@ OF_THE_PAPER = tuple(EXPERIMENTS)
 PROBE = """--blocks 1 --channels 16 --batch-size 32 --learning-rate 0.1 --num-simulations 16 --unroll-steps 5
     --td-steps 5 --steps-per-update 8 --total-timesteps 16000 --learning-starts 1600 --target-interval 100
     --eval-every 1000"""
+ONE_HOT = "--one-hot-actions --action-gain 4"  # the gain of 30 is for one plane of a/18
+AN_HOUR = "--total-timesteps 80000 --target-interval 200 --eval-every 2500"  # on one core
 # EfficientZero with one thing changed at a time, and what follows from it, to find settings that learn on a CPU.
 PROBES = {
     "first": "",
@@ -78,11 +80,11 @@ PROBES = {
     "long": "--total-timesteps 40000 --eval-every 2500",
     "gain-3": "--action-gain 3",
     "policy-01": "--policy-coef 0.1",
-    "one-hot": "--one-hot-actions --action-gain 4",
-    "one-hot-td-20": "--one-hot-actions --action-gain 4 --td-steps 20",
-    "one-hot-long": "--one-hot-actions --action-gain 4 --total-timesteps 80000 --target-interval 200 --eval-every 2500",
+    "one-hot": ONE_HOT,
+    "one-hot-td-20": f"{ONE_HOT} --td-steps 20",
+    "one-hot-long": f"{ONE_HOT} {AN_HOUR}",
+    "one-hot-td-20-long": f"{ONE_HOT} {AN_HOUR} --td-steps 20",
 }
-PROBES["one-hot-td-20-long"] = f"{PROBES['one-hot-long']} --td-steps 20"
 METHODS |= {f"probe-{name}": (None, f"{PROBE} {flags}") for name, flags in PROBES.items()}
 EXPERIMENTS["probes"] = [f"probe-{name}" for name in PROBES]
 PIECES = {"small-teacher", "small-student", "diverse-student", "cloned"}  # which only others need

@@ -75,8 +75,7 @@ def pretrain(folder):
 
 def test_with_one_plane_per_action_q_finds_one_key_of_18():
     """In Keys two of the 18 actions pay, each under its own light. After 400 updates on labelled random play Q picks
-    the one that pays in each new state, with each of three seeds; with one plane of a/18 in 6 % of them with seed 1,
-    in none with seed 2."""
+    the one that pays in each new state, with each of three seeds; with one plane of a/18 in 0 to 6 % of them."""
     words = "benchmark/bench.py --ceiling --games Keys-v0 --seeds 1 --one-hot-actions --action-gain 4"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, *words.split()], cwd=ROOT, env=environment, capture_output=True, text=True)
