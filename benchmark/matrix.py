@@ -69,8 +69,8 @@ EXPERIMENTS = {  # the methods of a table or figure; those of stage 1 are the mo
 }
 OF_THE_PAPER = tuple(EXPERIMENTS)
 PROBE = """--blocks 1 --channels 16 --batch-size 32 --learning-rate 0.1 --num-simulations 16 --unroll-steps 5
-    --td-steps 5 --steps-per-update 8 --total-timesteps 16000 --learning-starts 1600 --target-interval 100
-    --eval-every 1000"""
+    --td-steps 5 --no-one-hot-actions --action-gain 30 --steps-per-update 8 --total-timesteps 16000
+    --learning-starts 1600 --target-interval 100 --eval-every 1000"""
 ONE_HOT = "--one-hot-actions --action-gain 4"  # the gain of 30 is for one plane of a/18
 AN_HOUR = "--total-timesteps 80000 --target-interval 200 --eval-every 2500"  # on one core
 # EfficientZero with one thing changed at a time, and what follows from it, to find settings that learn on a CPU.
@@ -96,8 +96,8 @@ PROBED = {"shooters": SHOOTERS, "mazes": MAZES}
 DIVERSE = ["Carnival", "Centipede", "Phoenix", "Pooyan", "Riverraid", "VideoPinball", "WizardOfWor", "YarsRevenge"]
 TOY_SIZE = """--channels 16 --batch-size 16 --learning-rate 0.04 --num-simulations 16 --unroll-steps 2 --td-steps 3
     --eval-episodes 16 --checkpoint-every 52"""
-CPU_SIZE = """--channels 16 --batch-size 32 --learning-rate 0.1 --num-simulations 16 --eval-episodes 8
-    --eval-max-frames 20000 --eval-every 1000"""
+CPU_SIZE = f"""--channels 16 --batch-size 32 --learning-rate 0.1 --num-simulations 16 --td-steps 20 {ONE_HOT}
+    --eval-episodes 8 --eval-max-frames 20000 --eval-every 500"""
 SCALES = {  # sizes, games and budgets; what a method is and which runs it needs is the same at each
     "paper": {
         "categories": {"shooters": SHOOTERS, "mazes": MAZES},
@@ -115,19 +115,20 @@ SCALES = {  # sizes, games and budgets; what a method is and which runs it needs
         "extra": "--extra-updates 20000",
         "environment": {},
     },
-    "small": {  # real Atari within hours on a CPU; too little to learn much
+    "small": {  # real Atari within hours on a CPU; too little to learn much; departures that PROBES led to
         "categories": {"shooters": ["DemonAttack", "Phoenix", "Assault"], "mazes": ["Alien", "Amidar", "MsPacman"]},
         "targets": {"shooters": ["Assault"], "mazes": ["MsPacman"]},
         "diverse": ["DemonAttack", "Phoenix", "Alien", "Amidar"],
         "diverse_targets": ["Krull"],
         "env_id": "{}NoFrameskip-v4",
         "students": 1,
-        "online": f"""{CPU_SIZE} --total-timesteps 4000 --learning-starts 400 --target-interval 100
-            --offline-batch-size 32 --similarity-start 400 --similarity-interval 400 --similarity-updates 40""",
-        "teacher": f"{CPU_SIZE} --num-updates 4000 --target-interval 100",
-        "student": f"{CPU_SIZE} --num-updates 4000",
+        "online": f"""{CPU_SIZE} --steps-per-update 8 --total-timesteps 16000 --learning-starts 1600
+            --target-interval 100 --offline-batch-size 32 --similarity-start 400 --similarity-interval 400
+            --similarity-updates 40""",
+        "teacher": f"{CPU_SIZE} --num-updates 2000 --target-interval 100",
+        "student": f"{CPU_SIZE} --num-updates 2000",
         "small_h": "--blocks 1",
-        "large_h": "--blocks 2",
+        "large_h": "--blocks 1",  # the same: pretraining and offline games are all that differs
         "twice_the_batch": "--batch-size 64",
         "extra": "--extra-updates 800",
         "environment": {"OMP_NUM_THREADS": "1"},
@@ -197,7 +198,7 @@ def add_scratch(jobs, plan, game, seed):
 
 def add_teachers(jobs, plan, games, seed, size):
     """One teacher for each game -> their folders."""
-    prefix = "small-" if size == plan.small_h else ""
+    prefix = "" if size == plan.large_h else "small-"
     folders = []
     for game in games:
         source = add_scratch(jobs, plan, game, seed)
