@@ -121,7 +121,7 @@ SCALES = {  # sizes, games and budgets; what a method is and which runs it needs
         "diverse": ["DemonAttack", "Phoenix", "Alien", "Amidar"],
         "diverse_targets": ["Krull"],
         "env_id": "{}NoFrameskip-v4",
-        "students": 1,
+        "students": 3,
         "online": f"""{CPU_SIZE} --steps-per-update 8 --total-timesteps 16000 --learning-starts 1600
             --target-interval 100 --offline-batch-size 32 --similarity-start 400 --similarity-interval 400
             --similarity-updates 40""",
@@ -164,7 +164,7 @@ class Args:
     games: tuple[str, ...] = ()  # target games or categories; default: the paper's for each experiment
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # of stage 2; those of data, teachers and students: see --students
     scale: Literal[tuple(SCALES)] = "paper"  # toy: tests/toy_env.py; small: real Atari, reduced, on a CPU
-    students: int | None = None  # students, of seeds 1, 2, ..., that --seeds take in turn; default: 1, toy: 5
+    students: int | None = None  # students, of seeds 1, 2, ..., that --seeds take in turn; default: 1, small: 3, toy: 5
     folder: str | None = None  # where the run folders are; default: runs/{scale}
     list: bool = False  # whether to print all commands with their cost, and do nothing
     card: str | None = None  # of the prices: H200 or H100-floor (paper), CPU (small, toy)

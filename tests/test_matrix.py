@@ -77,6 +77,7 @@ def test_each_command_is_one_that_its_script_takes_and_comes_after_what_it_needs
         if script == "finetune.py":
             flat = {name: value for part in (args, *groups(args)) for name, value in vars(part).items()}
             SCRIPTS[script].check_args(SimpleNamespace(**flat))
+    assert {"efficientzero", "xtra", "teacher", "student"} <= methods  # by these names the report knows them
 
 
 def groups(args):
