@@ -80,6 +80,12 @@ def test_each_command_is_one_that_its_script_takes_and_comes_after_what_it_needs
     assert {"efficientzero", "xtra", "teacher", "student"} <= methods  # by these names the report knows them
 
 
+def test_a_scale_with_one_size_of_h_does_no_run_twice():
+    lines = [" ".join(job.words) for job in plan("small").values()]
+    commands = [re.sub(r"--(save-dataset|exp-name|run-dir) \S+", "", line) for line in lines]
+    assert len(set(commands)) == len(commands)
+
+
 def groups(args):
     return [value for value in vars(args).values() if hasattr(value, "__dataclass_fields__")]
 
