@@ -475,7 +475,8 @@ def run_local(jobs, prices, environment, slots, gpus, poll_seconds=1.0):
     try:
         with Live(console=console, auto_refresh=False, transient=True) as live:
             while any(job.state in ("waiting", "running", "elsewhere") for job in jobs.values()):
-                for job in jobs.values():
+                # What runs comes first: the slot that it leaves is for the first run that waits.
+                for job in sorted(jobs.values(), key=lambda job: job.state != "running"):
                     try:
                         state = advance(job, jobs, environment, free_slots, gpus)
                     except OSError as error:  # of this run: its folder is a file, say

@@ -171,6 +171,11 @@ def test_what_is_needed_comes_first_and_what_is_done_is_not_done_again(pool, tmp
     assert again == order + "c" and set(states.values()) == {"done"}
 
 
+def test_a_slot_that_becomes_free_is_for_the_first_that_waits(pool):
+    _, _, order = pool({"a": "b", "b": "", "c": ""}, slots=1)
+    assert order == "bac"
+
+
 def test_a_failure_stops_what_needs_it_and_nothing_else(pool, tmp_path):
     fails = {"b": "print('first'); print(' 50%|#####     | 1/2', flush=True); raise SystemExit('error: the reason')"}
     states, said, order = pool({"a": "", "b": "a", "c": "b", "d": "c", "e": "a"}, fails)
