@@ -695,9 +695,10 @@ def readme_section(scales, claims, drawn):
         ran = [", ".join(sorted({*data.all[column].dropna()} - {""})) for column in ("day", "card", "commit")]
         origin = f"`benchmark/matrix.py --scale {data.scale}`, {ran[0]}, {ran[1]}, commits {ran[2]}"
         parts.append(f"{SCALES[data.scale][1]} {origin}. {count_verdicts(claims_table(data, claims)[1])}")
-    first = f"{scales[0].scale}-table1"
-    if first in drawn:
-        parts.append(f"![{SCALES[scales[0].scale][0]}: scores of each method](docs/images/results/{first}.png)")
+    compared = [data.scale for data in scales if data.samples.get("xtra.final")]  # not where a matrix has just begun
+    if compared and f"{compared[0]}-table1" in drawn:
+        path = f"docs/images/results/{compared[0]}-table1.png"
+        parts.append(f"![{SCALES[compared[0]][0]}: scores of each method]({path})")
     return "\n\n".join(parts)
 
 
