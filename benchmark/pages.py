@@ -722,15 +722,9 @@ def draw_level(panel, level, name, vertical=False, upper=False):
     low, high = panel.get_xlim() if vertical else panel.get_ylim()
     line = {"linestyle": "--", "color": "black", "linewidth": 1, "zorder": 1}
     if level > high + 0.7 * (high - low):
-        panel.text(
-            1,
-            1,
-            f"{name}: {level:,.0f} {'→' if vertical else '↑'}",
-            transform=panel.transAxes,
-            ha="right",
-            va="bottom",
-            fontsize=8,
-        )
+        words = f"{name}: {level:,.0f} {'→' if vertical else '↑'}"
+        x, side = (1, "right") if upper else (0, "left")
+        panel.text(x, 1, words, transform=panel.transAxes, ha=side, va="bottom", fontsize=8)
     elif vertical and not np.isnan(level):
         panel.axvline(level, **line)
         place = {"transform": panel.get_xaxis_transform(), "ha": "left" if upper else "right", "va": "bottom"}
