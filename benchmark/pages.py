@@ -59,9 +59,8 @@ SCALES = {  # in the order of the pages
     "small": ("Atari, reduced", "Real Atari, smaller networks and fewer steps than the paper's, two departures."),
     "toy": ("Toy games", "Small pixel games (tests/toy_env.py) and small networks: **nothing about Atari**."),
 }
-# category: the games that the methods are compared in
-TARGETS = matrix.SCALES["paper"]["targets"] | {"diverse": matrix.SCALES["paper"]["diverse_targets"]}
-TARGETS |= matrix.SCALES["toy"]["targets"]
+# scale: {category: the games that the methods are compared in}
+TARGETS = {name: sizes["targets"] | {"diverse": sizes["diverse_targets"]} for name, sizes in matrix.SCALES.items()}
 RUNS = ["scale", "method", "game", "seed", "pretrained", "env_steps", "updates", "total_updates"]
 RUNS += ["mean", "std", "games", "hours", "day", "card", "commit", "settings"]  # the columns of runs.csv
 WEIGHTS = ["scale", "method", "game", "seed", "offline_game", "updates", "measured", "eta", "cosine", "autocorrelation"]
@@ -187,7 +186,8 @@ def largest_gain(x, base):
 
 
 def by_category(x, base):
-    shooters, mazes = ({game: x[game] for game in TARGETS[name] if game in x} for name in ("shooters", "mazes"))
+    targets = TARGETS["paper"]
+    shooters, mazes = ({game: x[game] for game in targets[name] if game in x} for name in ("shooters", "mazes"))
     return improvement(shooters, base) - improvement(mazes, base)
 
 
@@ -376,7 +376,7 @@ def read_samples(data):
         moved = [x.eta.var() - noise[x.index].mean() for _, x in run.groupby("offline_game") if len(x) > 1]
         values.append((method, game, "eta_variance", np.mean(moved) if moved else np.nan))
         values += [(method, game, "eta", run.eta.mean()), (method, game, "autocorrelation", run.autocorrelation.mean())]
-    targets = {game for games in TARGETS.values() for game in games}
+    targets = {game for games in TARGETS[data.scale].values() for game in games}
     samples = defaultdict(lambda: defaultdict(list))
     for method, game, measure, value in values:
         if not np.isnan(value) and (game in targets or method in FIGURE10):
@@ -438,8 +438,9 @@ def categories(data, methods):
     games = sorted(data.finals.game[data.finals.method.isin(methods)].unique())
     if methods[0] in FIGURE10:
         return {"": games}
-    names = ["diverse"] if methods[0] in TABLE2 and data.atari else [name for name in TARGETS if name != "diverse"]
-    found = {name: [game for game in TARGETS[name] if game in games] for name in names}
+    targets = TARGETS[data.scale]
+    names = ["diverse"] if methods[0] in TABLE2 and data.atari else [name for name in targets if name != "diverse"]
+    found = {name: [game for game in targets[name] if game in games] for name in names}
     return {name: listed for name, listed in found.items() if listed}
 
 
@@ -695,7 +696,8 @@ def readme_section(scales, claims, drawn):
         ran = [", ".join(sorted({*data.all[column].dropna()} - {""})) for column in ("day", "card", "commit")]
         origin = f"`benchmark/matrix.py --scale {data.scale}`, {ran[0]}, {ran[1]}, commits {ran[2]}"
         parts.append(f"{SCALES[data.scale][1]} {origin}. {count_verdicts(claims_table(data, claims)[1])}")
-    compared = [data.scale for data in scales if data.samples.get("xtra.final")]  # not where a matrix has just begun
+    scores = {data.scale: data.samples.get("xtra.final", {}) for data in scales}
+    compared = [name for name, x in scores.items() if x and min(map(len, x.values())) >= 3]  # no matrix just begun
     if compared and f"{compared[0]}-table1" in drawn:
         path = f"docs/images/results/{compared[0]}-table1.png"
         parts.append(f"![{SCALES[compared[0]][0]}: scores of each method]({path})")
@@ -914,7 +916,7 @@ def draw_scale(data):
     """All figures of a scale -> {name: figure}."""
     end = "at the end of training"
     figures = {"table1": draw_scores(data, [*TABLE1, *ZERO_SHOT], f"scores {end}, and zero-shot (Table 1)")}
-    for category, games in TARGETS.items():
+    for category, games in TARGETS[data.scale].items():
         if category != "diverse":
             figures[f"curves-{category}"] = draw_learning(data, games, f"learning curves, category {category}")
     unit = "hours" if data.curves.hours.max() > 1 else "minutes"

@@ -282,6 +282,15 @@ def test_probes_have_a_table_of_their_own_and_count_nowhere_else():
     assert "Toy games" not in pages.readme_section([data], data.paper.claims, [])
 
 
+def test_a_scale_compares_methods_in_its_own_targets_only():
+    lines = lines_of("xtra", [300], game="Assault", scale="small") + lines_of(
+        "xtra", [9], game="Phoenix", scale="small"
+    )
+    runs, weights = pd.DataFrame(lines)[pages.RUNS], pd.DataFrame(columns=pages.WEIGHTS)
+    data = pages.read_scale("small", runs, weights, pages.read_paper(pages.PAPER))
+    assert data.samples["xtra.final"].keys() == {"Assault"}  # Phoenix is a target of the paper's, here an offline game
+
+
 def test_half_of_a_gain_needs_a_gain():
     for xtra, less, h_and_g, expected in ((12, 9, 11, "reproduced"), (9.5, 9, 11, "not reproduced")):
         lines = lines_of("efficientzero", [10, 10, 10], first=10) if xtra < 10 else lines_of("efficientzero", [8] * 3)
