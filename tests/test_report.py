@@ -283,9 +283,8 @@ def test_probes_have_a_table_of_their_own_and_count_nowhere_else():
 
 
 def test_a_scale_compares_methods_in_its_own_targets_only():
-    lines = lines_of("xtra", [300], game="Assault", scale="small") + lines_of(
-        "xtra", [9], game="Phoenix", scale="small"
-    )
+    lines = lines_of("xtra", [300], game="Assault", scale="small")
+    lines += lines_of("xtra", [9], game="Phoenix", scale="small")
     runs, weights = pd.DataFrame(lines)[pages.RUNS], pd.DataFrame(columns=pages.WEIGHTS)
     data = pages.read_scale("small", runs, weights, pages.read_paper(pages.PAPER))
     assert data.samples["xtra.final"].keys() == {"Assault"}  # Phoenix is a target of the paper's, here an offline game
