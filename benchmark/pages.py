@@ -210,11 +210,14 @@ def smallest_difference(x, y):
 
 
 def share_below_random(x):
-    return np.mean([scores.mean(-1) < 0 for scores in x.values()], axis=0)
+    """Needs three games, as it is about most of them."""
+    return np.mean([scores.mean(-1) < 0 for scores in x.values()], axis=0) if len(x) > 2 else np.nan
 
 
 def share_no_worse(x, y):
-    return np.mean([ratio[..., 0] > 1 - MARGIN for ratio in ratios(x, y).values()], axis=0)
+    """The share of games in which the mean of x is at most a tenth below that of y: 0 is no worse than 0."""
+    means = [(x[game].mean(-1), y[game].mean(-1)) for game in x]
+    return np.mean([a >= b - MARGIN * np.abs(b) for a, b in means], axis=0)
 
 
 INF = float("inf")
@@ -264,7 +267,10 @@ CLAIMS = {
         ("xtra.amount xtra-small.amount efficientzero.amount", more_improvement, POSITIVE),
         ("efficientzero-l.amount efficientzero.amount", improvement, LOWER),
     ],
-    "D7": [("xtra.early_amount efficientzero.early_amount xtra.amount efficientzero.amount", fades, POSITIVE)],
+    "D7": [
+        ("xtra.early_amount efficientzero.early_amount", improvement, HIGHER),
+        ("xtra.early_amount efficientzero.early_amount xtra.amount efficientzero.amount", fades, POSITIVE),
+    ],
     "D8": [
         ("xtra.area efficientzero.area", difference, POSITIVE),
         ("transfer-h.area efficientzero.area", difference, POSITIVE),
@@ -351,7 +357,8 @@ def read_scale(scale, runs, weights, paper):
     data.curves = online[have == online.groupby(["game", "diverse"]).run.transform("nunique")]
     data.curves["minutes"] = data.curves.hours * 60
     data.hours = data.curves.hours.notna().all()
-    data.weights = weights[weights.scale == scale]
+    data.weights = weights[weights.scale == scale].merge(trained[["method", "game", "seed"]])
+    data.untrained = rows[(rows.updates == 0) & (rows.pretrained == "")].groupby("game")["mean"].mean().to_dict()
     data.samples = read_samples(data)
     return data
 
@@ -373,7 +380,7 @@ def read_samples(data):
                 values += [(method, game, f"area{suffix}", area), (method, game, f"early{suffix}", early[column])]
     for (method, game, _), run in data.weights.groupby(["method", "game", "seed"]):
         noise = run.eta * (1 - run.eta) / (run.measured - 1)  # variance of a share of `measured` independent updates
-        moved = [x.eta.var() - noise[x.index].mean() for _, x in run.groupby("offline_game") if len(x) > 1]
+        moved = [round(x.eta.var() - noise[x.index].mean(), 9) for _, x in run.groupby("offline_game") if len(x) > 1]
         values.append((method, game, "eta_variance", np.mean(moved) if moved else np.nan))
         values += [(method, game, "eta", run.eta.mean()), (method, game, "autocorrelation", run.autocorrelation.mean())]
     targets = {game for games in TARGETS[data.scale].values() for game in games}
@@ -451,7 +458,8 @@ def paper_score(data, method, game):
 
 
 def scores_table(data, methods):
-    """A line for each game: the methods' mean returns, on Atari with the paper's, and random play beside zero-shot."""
+    """A line for each game: the methods' mean returns, on Atari with the paper's, and random play beside zero-shot.
+    The level that a network has before it learns stands there too: it may be far above random play."""
     columns = shown(data, methods)
     after = len([method for method in columns if method not in ZERO_SHOT])
     rows = []
@@ -465,10 +473,11 @@ def scores_table(data, methods):
                 if len(values) and not np.isnan(paper):
                     text += f"<br>paper: {paper:,.1f}" + (f", ratio {values.mean() / paper:.2f}" if paper else "")
                 cells.append(text)
-            levels = [number(level.get(game, np.nan), digits=1) for level in (data.random, data.reference)]
-            rows.append([category, game, *cells[:after], levels[0], *cells[after:], levels[1]])
+            levels = [data.untrained, data.random, data.reference]
+            levels = [number(level.get(game, np.nan), digits=1) for level in levels]
+            rows.append([category, game, *cells[:after], *levels[:2], *cells[after:], levels[2]])
     names = [METHODS[method][0] for method in columns]
-    return table(["", "game", *names[:after], "random play", *names[after:], data.best], rows)
+    return table(["", "game", *names[:after], "untrained", "random play", *names[after:], data.best], rows)
 
 
 def aggregates_table(data, methods):
@@ -600,7 +609,7 @@ def scale_section(data, claims, drawn):
     if not len(last):  # only probes
         return "\n\n".join(parts)
     text, verdicts, unanswered = claims_table(data, claims)
-    parts += [f"### Claims ({SCALES[data.scale][0]})", text, count_verdicts(verdicts)]
+    parts += [f"### Claims ({SCALES[data.scale][0]})", text, count_verdicts(data, verdicts)]
     parts.append(f"No runs here answer {', '.join(unanswered) or 'none of the others'}.")
     parts.append("Not asked: " + ", ".join(f"{name} ({why})" for name, why in NOT_ASKED.items()) + ".")
     kinds = runs[runs.settings != ""].groupby("method").settings.nunique()
@@ -619,12 +628,14 @@ def scale_section(data, claims, drawn):
     return "\n\n".join(parts)
 
 
-def count_verdicts(verdicts):
-    """{verdict: identifiers} -> one line."""
+def count_verdicts(data, verdicts):
+    """{verdict: identifiers} -> one line, with the games in which XTRA was run."""
     order = ("reproduced", "not reproduced", "undecided", "too few seeds", "no verdict")
     order = [x for x in order if verdicts[x]]
     counts = "; ".join(f"{len(verdicts[x])} {x} ({', '.join(verdicts[x])})" for x in order)
-    return f"Of the paper's claims: {counts or 'none can be answered yet'}."
+    games = [*data.samples.get("xtra.final", {})]
+    where = f", on {games[0]} alone" if len(games) == 1 else f", in {len(games)} games" if games else ""
+    return f"Of the paper's claims{where}: {counts or 'none can be answered yet'}."
 
 
 HOW_TO_READ = f"""# Results
@@ -635,24 +646,27 @@ page.
 - **Score**: the mean return of the games of a run's last evaluation. Runs that have not ended count nowhere but in the
   list of every run.
 - **Normalised score**: (score - random) / (reference - random), the reference being a human in Atari games and perfect
-  play in toy games: 0 is random play, 1 the reference. Carnival has no published human score, so none of these either.
+  play in toy games: 0 is random play, 1 the reference. On Atari both are the published ones, also where the tables show
+  random play of our own. Carnival has no published human score, so none of these either.
 - **Improvement**: score / EfficientZero's score in each game, then the mean or the median over games, as in Table 1. Of
   raw scores in Atari games; of normalised ones in toy games, whose returns may be negative. A score of EfficientZero
   below {FLOOR:g} counts as {FLOOR:g}.
-- **IQM**: the mean of the middle half of all seeds of all games. **P(above)**: the mean over games of the share of
-  pairs of seeds in which a method is above EfficientZero, a tie being half (both: Agarwal et al., 2021).
+- **IQM**: the mean of the middle half of all seeds of all games; of three or fewer, of all. **P(above)**: the mean
+  over games of the share of pairs of seeds in which a method is above EfficientZero, a tie being half (both: Agarwal et
+  al., 2021).
 - **[a, b]**: 95 % interval of a stratified percentile bootstrap, {RESAMPLES:,} resamples of the seeds of each game. Of
   few seeds it is too narrow. Seeds that begin with the same student tell nothing of others: how
   many a target has stands at the top of each part. **(n)**: seeds. **†**: fewer than three. **‡**: reduced scale.
-- **Zero-shot**: the evaluation before any update. A student counts once, however many runs begin with it.
+- **Untrained**: the evaluation of new networks before any update. **Zero-shot**: that of XTRA. A student counts once,
+  however many runs begin with it.
 - **Area**: the mean normalised score over the environment steps, by the trapezoidal rule. **Early**: at a fifth of the
   steps, or the evaluation nearest to that.
 - **Verdicts**: a claim is that a number lies within bounds. *Reproduced*: the interval lies within them; *not
   reproduced*: it lies outside; *undecided*: it has a bound inside; *too few seeds*: fewer than three of a method in a
   game. "About the same" and "no harm" leave a tenth: a mean improvement from {1 - MARGIN:g} to {1 + MARGIN:g}, or above
   {1 - MARGIN:g}. Of a claim with several parts all must hold: it has the worst of their verdicts. A game counts if all
-  methods of a part were run in it. A median needs three games. A maximum over games is above 0 by chance alone: it has
-  no verdict.
+  methods of a part were run in it. A median needs three games, and so do "most games". A maximum over games is above 0
+  by chance alone: it has no verdict.
 """
 PROBES_TOLD = f"""EfficientZero from scratch on a CPU: the runs that were made to find settings for it, also those that
 failed. All have `--eval-episodes 8 --eval-max-frames 20000` and these flags, and those of the first column instead of
@@ -693,9 +707,10 @@ def readme_section(scales, claims, drawn):
     told = "0 is random play, 1 a human (Atari) or perfect play (toy games). [95 % interval] (runs in games). Tables,\n"
     parts.append(told + "curves, every claim and every run: [docs/results.md](docs/results.md).")
     for data in scales:
-        ran = [", ".join(sorted({*data.all[column].dropna()} - {""})) for column in ("day", "card", "commit")]
+        runs = last_lines(data)[1]
+        ran = [", ".join(sorted({*runs[column].dropna()} - {""})) for column in ("day", "card", "commit")]
         origin = f"`benchmark/matrix.py --scale {data.scale}`, {ran[0]}, {ran[1]}, commits {ran[2]}"
-        parts.append(f"{SCALES[data.scale][1]} {origin}. {count_verdicts(claims_table(data, claims)[1])}")
+        parts.append(f"{SCALES[data.scale][1]} {origin}. {count_verdicts(data, claims_table(data, claims)[1])}")
     scores = {data.scale: data.samples.get("xtra.final", {}) for data in scales}
     compared = [name for name, x in scores.items() if x and min(map(len, x.values())) >= 3]  # no matrix just begun
     if compared and f"{compared[0]}-table1" in drawn:

@@ -303,9 +303,32 @@ def test_eta_moves_if_it_varies_more_than_chance():
     columns = ["toy", "xtra", "Storm-v0"]
     etas = {1: (0.25, 0.75), 2: (0.5, 0.5), 3: (0.25, 0.75)}
     weights = [(*columns, seed, "a", 48 * i, 16, eta, 0, 0) for seed, x in etas.items() for i, eta in enumerate(x)]
+    weights += [(*columns, 4, "a", 48, 16, 1, 0, 0)]
     samples = read(lines_of("xtra", [8, 8, 8]), weights).samples
+    assert len(samples["xtra.eta"]["Storm-v0"]) == 3  # the fourth run has not ended
     # The variance is 0.125, that of 16 fair coins with these odds 0.25 x 0.75 / 15 = 0.0125; of equal etas -0.25 / 15.
     assert samples["xtra.eta_variance"]["Storm-v0"] == pytest.approx([0.1125, -0.25 / 15, 0.1125])
+
+
+def test_eta_that_varies_as_by_chance_alone_does_not_move():
+    """One of 40 in one of four measurements: the variance is 1/6400, and so is that of chance. Floats differ."""
+    columns = ["toy", "xtra", "Storm-v0"]
+    weights = [(*columns, seed, "a", 48 * i, 40, (i == 1) / 40, 0, 0) for seed in (1, 2, 3) for i in range(4)]
+    samples = read(lines_of("xtra", [8, 8, 8]), weights).samples
+    assert pages.answer(pages.CLAIMS["D2"], samples)[0] == "not reproduced"
+
+
+def test_a_gain_that_fades_must_have_been_one():
+    for early, expected in ((12, "reproduced"), (6, "not reproduced")):  # of 8; at the end 4 of 8
+        lines = lines_of("efficientzero", [8, 8, 8], first=8)
+        lines += lines_of("xtra", [4, 4, 4], first=2 * early - 4)  # the mean of the first and the last at 50 steps
+        assert pages.answer(pages.CLAIMS["D7"], read(lines).samples)[0] == expected
+
+
+def test_a_student_is_no_worse_within_a_tenth_of_its_teacher():
+    for student, teacher, expected in ((0, 0, 1), (9.1, 10, 1), (8.9, 10, 0.5), (-10.9, -10, 1), (-11.1, -10, 0.5)):
+        x, y = {"a": np.array([8.0]), "b": np.array([student])}, {"a": np.array([8.0]), "b": np.array([teacher])}
+        assert pages.share_no_worse(x, y) == expected
 
 
 def test_scores_curves_and_samples():
@@ -318,15 +341,16 @@ def test_scores_curves_and_samples():
 
 
 def test_few_seeds_are_marked_and_runs_that_have_not_ended_are_listed_but_not_counted():
-    ended = lines_of("xtra", [10, 12], pretrained="s") + lines_of("efficientzero", [4, 4, 4])
-    ended += [line | {"seed": 9, "total_updates": 200} for line in lines_of("efficientzero", [16])]
+    ended = lines_of("xtra", [10, 12], pretrained="s") + lines_of("efficientzero", [4, 4, 4], first=1)
+    ended += [line | {"seed": 9, "total_updates": 200} for line in lines_of("efficientzero", [16], first=1)]
     data = read(ended)
     row = pages.scores_table(data, pages.TABLE1 + pages.ZERO_SHOT).splitlines()[2]
-    cells = " | ".join(["4.0 [4.0, 4.0] (3)", "11.0 [10.0, 12.0] (2)†", "0.0", "0.0 (1)†", "16.0"])
+    cells = " | ".join(["4.0 [4.0, 4.0] (3)", "11.0 [10.0, 12.0] (2)†", "1.0", "0.0", "0.0 (1)†", "16.0"])
     assert row == f"| falling | Storm-v0 | {cells} |"
     page = pages.results_page([data], data.paper.claims, [])
     assert "| efficientzero | Storm-v0 | 9 | - | 16.0 | 100 of 200 | 1.00 | a | b | c |" in page
     assert "counted nowhere above: efficientzero Storm-v0 9." in page
+    assert "Of the paper's claims, on Storm-v0 alone: " in page
     assert "6 runs, 6.0 hours in all. Different students of a target: 1." in page
     assert "nothing about Atari" in page
 
@@ -432,7 +456,7 @@ def test_on_atari_the_papers_numbers_stand_beside_ours():
     data = pages.read_scale("paper", runs, pages.read_csv("", pages.WEIGHTS), pages.read_paper(pages.PAPER))
     rows = pages.scores_table(data, pages.TABLE1 + pages.ZERO_SHOT).splitlines()
     # 2000 / 1294.6; a human has 742.0 and random play 222.4
-    assert "| 2,000.0 [2,000.0, 2,000.0] (3)<br>paper: 1,294.6, ratio 1.54 | 222.4 | 0.0 (1)†<br>paper: 92.8" in rows[2]
+    assert "| 2,000.0 [2,000.0, 2,000.0] (3)<br>paper: 1,294.6, ratio 1.54 | 0.0 | 222.4 | 0.0 (1)†" in rows[2]
     assert rows[2].endswith("| 742.0 |") and rows[3].endswith("| - |")  # Carnival has no human score
     assert data.samples["xtra.final"]["Assault"] == pytest.approx([(2000 - 222.4) / (742.0 - 222.4)] * 3)
     assert data.samples["xtra.final"].keys() == {"Assault"} and data.samples["xtra.amount"].keys() == {
