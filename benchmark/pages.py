@@ -803,6 +803,7 @@ def draw_scores(data, methods, title):
         draw_level(panel, 0 if normal else data.random.get(game, np.nan), "random play", vertical=True)
         draw_level(panel, 1 if normal else np.nan, data.best, vertical=True, upper=True)
         panel.set_xlabel("normalised score" if normal else "mean return")
+        panel.locator_params(axis="x", nbins=5)  # more, and numbers like -0.1175 run into each other
         panel.set_title(game, pad=16)
         if panel.get_subplotspec().colspan.start > 0:
             panel.set_yticklabels([])
