@@ -689,6 +689,15 @@ def results_page(scales, claims, drawn):
     return "\n\n".join([HOW_TO_READ.strip(), *(scale_section(data, claims, drawn) for data in scales)]) + "\n"
 
 
+def untrained_score(data):
+    """Mean normalised score of untrained networks in the games of EfficientZero; nan without one."""
+    scores = []
+    for game in data.samples.get("efficientzero.final", {}):
+        low = data.low[game]
+        scores.append((data.untrained.get(game, np.nan) - low) / (data.reference[game] - low))
+    return np.mean(scores) if scores else np.nan
+
+
 def readme_section(scales, claims, drawn):
     """What stands in README.md between the two lines of `MARKERS`."""
     scales = [data for data in scales if len(data.finals)]  # of the others no run has ended
@@ -703,6 +712,7 @@ def readme_section(scales, claims, drawn):
             f"{number(*estimate(iqm, x))} ({n} in {len(x)})" if x else "-" for x, n in zip(found, seeds, strict=True)
         ]
         rows.append([METHODS[method][0], *cells])
+    rows.append(["networks before any update", *(number(untrained_score(data)) for data in scales)])
     parts = [table(["IQM of normalised scores", *(SCALES[data.scale][0] for data in scales)], rows)]
     told = "0 is random play, 1 a human (Atari) or perfect play (toy games). [95 % interval] (runs in games). Tables,\n"
     parts.append(told + "curves, every claim and every run: [docs/results.md](docs/results.md).")

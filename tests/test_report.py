@@ -353,6 +353,9 @@ def test_few_seeds_are_marked_and_runs_that_have_not_ended_are_listed_but_not_co
     assert "Of the paper's claims, on Storm-v0 alone: " in page
     assert "6 runs, 6.0 hours in all. Different students of a target: 1." in page
     assert "nothing about Atari" in page
+    section = pages.readme_section([data], data.paper.claims, [])
+    assert "| XTRA | 0.69 [0.62, 0.75] (2 in 1) |" in section  # 10 and 12 of 16
+    assert "| networks before any update | 0.06 |" in section  # 1 of 16
 
 
 def test_hours_are_those_of_all_processes_without_the_interruption(tmp_path, monkeypatch):
