@@ -380,6 +380,7 @@ def read_samples(data):
                 values += [(method, game, f"area{suffix}", area), (method, game, f"early{suffix}", early[column])]
     for (method, game, _), run in data.weights.groupby(["method", "game", "seed"]):
         noise = run.eta * (1 - run.eta) / (run.measured - 1)  # variance of a share of `measured` independent updates
+        # Rounded: two equal variances may differ in floats, and a claim asks whether the difference is above 0.
         moved = [round(x.eta.var() - noise[x.index].mean(), 9) for _, x in run.groupby("offline_game") if len(x) > 1]
         values.append((method, game, "eta_variance", np.mean(moved) if moved else np.nan))
         values += [(method, game, "eta", run.eta.mean()), (method, game, "autocorrelation", run.autocorrelation.mean())]
@@ -629,12 +630,12 @@ def scale_section(data, claims, drawn):
 
 
 def count_verdicts(data, verdicts):
-    """{verdict: identifiers} -> one line, with the games in which XTRA was run."""
+    """{verdict: identifiers} -> one line, with the targets in which XTRA was run."""
     order = ("reproduced", "not reproduced", "undecided", "too few seeds", "no verdict")
     order = [x for x in order if verdicts[x]]
     counts = "; ".join(f"{len(verdicts[x])} {x} ({', '.join(verdicts[x])})" for x in order)
-    games = [*data.samples.get("xtra.final", {})]
-    where = f", on {games[0]} alone" if len(games) == 1 else f", in {len(games)} games" if games else ""
+    games = data.samples.get("xtra.final", {})
+    where = f" (targets: {', '.join(games)})" if games else ""
     return f"Of the paper's claims{where}: {counts or 'none can be answered yet'}."
 
 

@@ -350,7 +350,7 @@ def test_few_seeds_are_marked_and_runs_that_have_not_ended_are_listed_but_not_co
     page = pages.results_page([data], data.paper.claims, [])
     assert "| efficientzero | Storm-v0 | 9 | - | 16.0 | 100 of 200 | 1.00 | a | b | c |" in page
     assert "counted nowhere above: efficientzero Storm-v0 9." in page
-    assert "Of the paper's claims, on Storm-v0 alone: " in page
+    assert "Of the paper's claims (targets: Storm-v0): " in page
     assert "6 runs, 6.0 hours in all. Different students of a target: 1." in page
     assert "nothing about Atari" in page
     section = pages.readme_section([data], data.paper.claims, [])
