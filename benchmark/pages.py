@@ -911,7 +911,10 @@ def draw_improvement(panel, data, games):
     seeds = min(len(x) for sample in samples for x in sample.values())
     draw_line(panel, points, f"XTRA's score / EfficientZero's (n={seeds})", METHODS["xtra"][1])
     panel.set(xlabel="environment steps", ylabel="mean improvement")
-    panel.set_ylim(bottom=min(0.9, panel.get_ylim()[0]))
+    bottom, top = panel.get_ylim()
+    highest = max(value for _, value, *_ in points)
+    # A resample in which EfficientZero has 0 only is a ratio of thousands: such a band leaves the panel.
+    panel.set_ylim(min(0.9, max(0, bottom)), min(top, 2 * highest))
     draw_level(panel, 1, "as EfficientZero")
 
 
