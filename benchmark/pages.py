@@ -56,7 +56,10 @@ FIGURE11 = ["efficientzero", "efficientzero-l", "efficientzero-l-512", "xtra"]
 SEVERAL = ["student", "small-student", "diverse-student", "cloned", "multi-game"]  # runs of several games
 SCALES = {  # in the order of the pages
     "paper": ("Atari", "Atari at the paper's sizes."),
-    "small": ("Atari, reduced", "Real Atari: small networks, few steps, two departures, 8 games of at most 20,000 frames."),
+    "small": (
+        "Atari, reduced",
+        "Real Atari: small networks, few steps, two departures, evaluations of 8 games cut at 20,000 frames.",
+    ),
     "toy": ("Toy games", "Small pixel games (tests/toy_env.py) and small networks: **nothing about Atari**."),
 }
 # scale: {category: the games that the methods are compared in}
