@@ -82,7 +82,8 @@ class Run:
     cuda: bool = True  # whether to use the GPU; a machine without one runs on the CPU
     torch_deterministic: bool = True  # whether cuDNN may only use deterministic algorithms
     compile: bool = True  # whether torch.compile fuses the kernels of the networks that learn, on a GPU
-    cudagraphs: bool = True  # whether kernels are recorded once and then replayed, on a GPU
+    cudagraphs: bool = True  # whether an update is recorded once and then replayed as one CUDA graph, on a GPU
+    search_cudagraphs: bool = True  # the same for a simulation of a search
 
 
 @dataclass
@@ -127,11 +128,14 @@ def choose_device(args, num_updates):
     args.cuda = args.cuda and torch.cuda.is_available()
     args.compile = args.compile and args.cuda
     args.cudagraphs = args.cudagraphs and args.cuda
+    args.search_cudagraphs = args.search_cudagraphs and args.cuda
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if args.cuda:
         networks = "compiled" if args.compile else "not compiled"
-        kernels = "recorded" if args.cudagraphs else "not recorded"
-        print(f"device: {torch.cuda.get_device_name()}, bfloat16; networks are {networks}, kernels are {kernels}")
+        updates = "recorded" if args.cudagraphs else "not recorded"
+        searches = "recorded" if args.search_cudagraphs else "not recorded"
+        name = torch.cuda.get_device_name()
+        print(f"device: {name}, bfloat16; networks are {networks}, updates {updates}, searches {searches}")
         return torch.device("cuda")
     print(f"device: CPU, float32; nothing is compiled or recorded ({reason})")
     if num_updates and args.channels * args.batch_size >= 64 * 256:
@@ -394,15 +398,25 @@ class Batch(NamedTuple):
 
 
 # Copied from pretrain_teacher.py
-def take_batch(replay, batches, i, generator):
-    """Batch i of `make_targets` and weights (tensors [E, B, ...]), its frames gathered and augmented."""
-    frames = replay.frames[batches["frames"][i]]  # [B, K+4, 3, 96, 96]
-    if frames.device.type != generator.device.type:  # from RAM to a GPU, which does not wait for the next update
-        frames = frames.pin_memory().to(generator.device, non_blocking=True)
+def take_samples(replay, batches, i, device):
+    """Batch i of `make_targets` and weights (dict of tensors [E, B, ...]) -> dict of tensors [B, ...] on the device.
+    Where the frames lie in RAM, "frames" are no rows [B, K+4] any more, but the frames [B, K+4, 3, 96, 96]."""
+    samples = {name: x[i] for name, x in batches.items()}
+    if replay.frames.device.type != device.type:  # pinned, so that the CPU does not wait for the copy
+        samples["frames"] = replay.frames[samples["frames"]].pin_memory().to(device, non_blocking=True)
+    return samples
+
+
+# Copied from pretrain_teacher.py
+def take_batch(replay, samples, generator):
+    """The batch of `take_samples`, its frames gathered and augmented."""
+    frames = samples["frames"]
+    if frames.dtype == torch.int64:  # their rows
+        frames = replay.frames[frames]  # [B, K+4, 3, 96, 96]
     return Batch(
         obs=model.augment(frames[:, :4].flatten(1, 2), generator),
         target_obs=model.augment(frames[:, 1:].flatten(1, 2), generator),
-        **{name: x[i] for name, x in batches.items() if name != "frames"},
+        **{name: x for name, x in samples.items() if name != "frames"},
     )
 
 
@@ -471,6 +485,35 @@ def learn(net, loss_function, batch, *, coefficients):
     (loss / batch.action.shape[1]).backward()
     terms = {name: term.detach() for name, term in terms.items()}  # else autograd's graph outlives this call
     return loss.detach(), terms, priority
+
+
+# Copied from pretrain_teacher.py
+def update_network(learn_batch, replay, generator, optimizer, max_grad_norm, samples, *weights):
+    """One update from `take_samples`: gather, augment, loss and pass back, clip, step. `learn_batch(batch, *weights)`
+    -> numbers [B + 2] (the priority of each sample, the loss, the gradient norm), the terms, and what else it returns.
+
+    Recorded on a GPU, all of this is launched at once, and Python runs it no more: what changes comes in a tensor, the
+    learning rate too.
+    """
+    batch = take_batch(replay, samples, generator)
+    loss, terms, priority, *others = learn_batch(batch, *weights)
+    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
+    optimizer.step()
+    return torch.cat([priority, loss.view(1), norm.view(1)]), terms, *others
+
+
+# Copied from pretrain_teacher.py
+def store_priorities(replay, rows, numbers, first_update):
+    """Waits for the `numbers` [B + 2] of E updates (`update_network`) and gives the `rows` [E, B] their priorities
+    -> numbers [E, B + 2]. Exits with one line if a loss is not finite."""
+    numbers = torch.stack(numbers).cpu().numpy()
+    finite = np.isfinite(numbers).all(axis=1)  # [E]
+    if not finite.all():
+        update = first_update + finite.argmin()
+        raise SystemExit(f"error: the loss is not finite at update {update}; try a lower --learning-rate")
+    for update_rows, priority in zip(rows, numbers[:, :-2], strict=True):  # in this order: the latest stays
+        replay.priority[update_rows] = priority
+    return numbers
 
 
 # Copied from pretrain_teacher.py
@@ -565,19 +608,26 @@ if __name__ == "__main__":
     config = model.ModelConfig.of_width(args.channels, args.blocks, norm_steps=norm_steps, **actions)
     net = model.EfficientZeroNet(config).to(device, memory_format=torch.channels_last).train()
     parameters = list(net.parameters())
-    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
-    record = model.Recorded if args.cudagraphs else None
-    options = {"discount": args.gamma, "c_init": args.c_init, "record": record}
+    learning_rate = torch.zeros((), device=device)  # a tensor: a recorded update reads it where it lies
+    options = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
+    optimizer = torch.optim.SGD(parameters, lr=learning_rate, **options)
+    options = {"discount": args.gamma, "c_init": args.c_init}
     simulations = 0 if cloning else args.num_simulations
     evaluator = mcts.Search(model.inference_copy(net), simulations, args.eval_episodes, **options)
     loss_function = cloning_loss if cloning else unroll_loss
+    coefficients = {name: getattr(args, f"{name}_coef") for name in ("value_prefix", "policy", "value", "consistency")}
+    learn_batch = functools.partial(learn, net, loss_function, coefficients=coefficients)
+    update_batch = functools.partial(update_network, learn_batch, replay, generator, optimizer, args.max_grad_norm)
+    unroll_steps = 1 if cloning else args.unroll_steps  # cloning unrolls nothing: its loss is not divided by K
+
+    # what makes a GPU faster: each is off by a flag, and changes nothing but the rounding
     if args.compile:  # each for itself: the loss, with all that it unrolls, would take minutes
         for network in net.children():
             network.compile(dynamic=False)
-    coefficients = {name: getattr(args, f"{name}_coef") for name in ("value_prefix", "policy", "value", "consistency")}
-    learn_batch = functools.partial(learn, net, loss_function, coefficients=coefficients)
-    learn_batch = record(learn_batch) if record else learn_batch
-    unroll_steps = 1 if cloning else args.unroll_steps  # cloning unrolls nothing: its loss is not divided by K
+    if args.cudagraphs:
+        update_batch = model.Recorded(update_batch, generator)
+    if args.search_cudagraphs:
+        evaluator.record = model.Recorded
 
     # the run folder, and if the run goes on, all that it had
     run_name = model.file_name(f"{m}-games__{args.exp_name}__{args.seed}__{int(time.time())}")
@@ -592,6 +642,7 @@ if __name__ == "__main__":
             raise SystemExit("error: --teachers are not those that the run was started with; give the same")
         for name, learner in learners.items():
             learner.load_state_dict(checkpoint[name])
+        optimizer.param_groups[0]["lr"] = learning_rate
         rng.bit_generator.state = checkpoint["rng"]
         generator.set_state(checkpoint["generator"])
         replay.priority[:] = checkpoint["priority"].numpy()
@@ -645,19 +696,11 @@ if __name__ == "__main__":
         batches["frames"] = batches["frames"].to(replay.frames.device)
         numbers = []  # of each update: priorities, loss, gradient norm
         for update in range(updates, updates + E):
-            batch = take_batch(replay, batches, update - updates, generator)
-            loss, terms, priority = learn_batch(batch)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-            optimizer.param_groups[0]["lr"] = learning_rate_at(update, args.num_updates, args.learning_rate)
-            optimizer.step()
-            numbers.append(torch.cat([priority, loss.view(1), norm.view(1)]))  # copied: a recording overwrites them
-        numbers = torch.stack(numbers).cpu().numpy()  # [E, B + 2]; this alone waits for a GPU
-        finite = np.isfinite(numbers).all(axis=1)  # [E]
-        if not finite.all():
-            first = updates + finite.argmin()
-            raise SystemExit(f"error: the loss is not finite at update {first}; try a lower --learning-rate")
-        for update_rows, priority in zip(rows, numbers[:, :-2], strict=True):  # in this order: the latest stays
-            replay.priority[update_rows] = priority
+            samples = take_samples(replay, batches, update - updates, device)
+            learning_rate.fill_(learning_rate_at(update, args.num_updates, args.learning_rate))
+            number, terms = update_batch(samples)
+            numbers.append(number.clone())  # a recording overwrites it
+        numbers = store_priorities(replay, rows, numbers, updates)  # this alone waits for a GPU
 
         if due(log_every):
             writer.add_scalar("losses/loss", numbers[-1, -2], updates)
@@ -666,7 +709,7 @@ if __name__ == "__main__":
                 writer.add_scalar(f"losses/{name}_loss", term.mean().item(), updates)
                 for env_id, part in zip(env_ids, term.split(sizes), strict=True):
                     writer.add_scalar(f"losses/{name}_loss/{short_name(env_id)}", part.mean().item(), updates)
-            writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], updates)
+            writer.add_scalar("charts/learning_rate", learning_rate.item(), updates)
             writer.add_scalar("charts/beta", beta, updates)
             writer.add_scalar("charts/mean_weight", weight.mean(), updates)
             speed = (updates + E - start_updates) / (time.time() - start_time)

@@ -97,7 +97,8 @@ class Run:
     cuda: bool = True  # whether to use the GPU; a machine without one runs on the CPU
     torch_deterministic: bool = True  # whether cuDNN may only use deterministic algorithms
     compile: bool = True  # whether torch.compile fuses the kernels of the networks that learn, on a GPU
-    cudagraphs: bool = True  # whether kernels are recorded once and then replayed, on a GPU
+    cudagraphs: bool = True  # whether an update is recorded once and then replayed as one CUDA graph, on a GPU
+    search_cudagraphs: bool = True  # the same for a simulation of a search
 
 
 @dataclass
@@ -126,6 +127,7 @@ class Args:
     num_envs: int = 8  # E, environments that play side by side, and updates of a cycle
     learning_starts: int = 2_000  # environment steps before the first update; random, or searched if pretrained
     selfplay_interval: int = 100  # updates between networks that play
+    selfplay_stream: bool = True  # whether steps are played while the updates before them run, on a GPU
     batch_size: int = 256  # samples of the target game per update
     channels: int | None = None  # channels of the latent; default: the student's, else 64
     blocks: int | None = None  # residual blocks per group of the representation network h; default: as above, else 1
@@ -139,7 +141,7 @@ class Args:
     run: Run = field(default_factory=Run)
 
 
-MAY_CHANGE = {*vars(Run()), "capture_video", "save_dataset", "pretrained", "teachers"}  # on --resume
+MAY_CHANGE = {*vars(Run()), "selfplay_stream", "capture_video", "save_dataset", "pretrained", "teachers"}  # on --resume
 
 
 def check_args(args):
@@ -178,11 +180,14 @@ def choose_device(args, num_updates):
     args.cuda = args.cuda and torch.cuda.is_available()
     args.compile = args.compile and args.cuda
     args.cudagraphs = args.cudagraphs and args.cuda
+    args.search_cudagraphs = args.search_cudagraphs and args.cuda
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if args.cuda:
         networks = "compiled" if args.compile else "not compiled"
-        kernels = "recorded" if args.cudagraphs else "not recorded"
-        print(f"device: {torch.cuda.get_device_name()}, bfloat16; networks are {networks}, kernels are {kernels}")
+        updates = "recorded" if args.cudagraphs else "not recorded"
+        searches = "recorded" if args.search_cudagraphs else "not recorded"
+        name = torch.cuda.get_device_name()
+        print(f"device: {name}, bfloat16; networks are {networks}, updates {updates}, searches {searches}")
         return torch.device("cuda")
     print(f"device: CPU, float32; nothing is compiled or recorded ({reason})")
     if num_updates and args.channels * args.batch_size >= 64 * 256:
@@ -436,8 +441,9 @@ def rehearse(envs, seed):
     return hashlib.sha256(b"".join(x.tobytes() for x in shown)).hexdigest()
 
 
-def play_step(play, replay, action, env_steps, priority=1.0):
-    """Takes one step in every environment, action [E], and stores it; env_steps: of the run before it."""
+def play_step(play, replay, action, env_steps):
+    """Takes one step in every environment, action [E], and stores it, without a priority; env_steps: of the run before
+    it."""
     rows = play.newest
     E = len(rows)
     frames, reward, terminated, truncated, info = play.envs.step(action)
@@ -452,7 +458,6 @@ def play_step(play, replay, action, env_steps, priority=1.0):
     replay.acted[rows] = acted
     replay.end[rows] = end * acted
     replay.stored_at[rows] = env_steps + np.arange(E)
-    replay.priority[rows] = priority * acted
     replay.frames[rows + 1] = torch.from_numpy(frames).to(replay.frames.device).permute(0, 3, 1, 2)
     replay.age[rows + 1] = np.where(play.over | (end == LIFE_LOST), 0, replay.age[rows] + 1)
     play.score = np.where(play.over, 0, play.score + reward)
@@ -580,15 +585,25 @@ class Batch(NamedTuple):
 
 
 # Copied from pretrain_teacher.py
-def take_batch(replay, batches, i, generator):
-    """Batch i of `make_targets` and weights (tensors [E, B, ...]), its frames gathered and augmented."""
-    frames = replay.frames[batches["frames"][i]]  # [B, K+4, 3, 96, 96]
-    if frames.device.type != generator.device.type:  # from RAM to a GPU, which does not wait for the next update
-        frames = frames.pin_memory().to(generator.device, non_blocking=True)
+def take_samples(replay, batches, i, device):
+    """Batch i of `make_targets` and weights (dict of tensors [E, B, ...]) -> dict of tensors [B, ...] on the device.
+    Where the frames lie in RAM, "frames" are no rows [B, K+4] any more, but the frames [B, K+4, 3, 96, 96]."""
+    samples = {name: x[i] for name, x in batches.items()}
+    if replay.frames.device.type != device.type:  # pinned, so that the CPU does not wait for the copy
+        samples["frames"] = replay.frames[samples["frames"]].pin_memory().to(device, non_blocking=True)
+    return samples
+
+
+# Copied from pretrain_teacher.py
+def take_batch(replay, samples, generator):
+    """The batch of `take_samples`, its frames gathered and augmented."""
+    frames = samples["frames"]
+    if frames.dtype == torch.int64:  # their rows
+        frames = replay.frames[frames]  # [B, K+4, 3, 96, 96]
     return Batch(
         obs=model.augment(frames[:, :4].flatten(1, 2), generator),
         target_obs=model.augment(frames[:, 1:].flatten(1, 2), generator),
-        **{name: x[i] for name, x in batches.items() if name != "frames"},
+        **{name: x for name, x in samples.items() if name != "frames"},
     )
 
 
@@ -683,6 +698,35 @@ def transfer_learn(net, loss_function, batch, eta, *, coefficients, sizes, paper
     (loss / K).backward()
     terms = {name: term.detach() for name, term in terms.items()}  # else autograd's graph outlives this call
     return loss.detach(), terms, priority, cosines
+
+
+# Copied from pretrain_teacher.py
+def update_network(learn_batch, replay, generator, optimizer, max_grad_norm, samples, *weights):
+    """One update from `take_samples`: gather, augment, loss and pass back, clip, step. `learn_batch(batch, *weights)`
+    -> numbers [B + 2] (the priority of each sample, the loss, the gradient norm), the terms, and what else it returns.
+
+    Recorded on a GPU, all of this is launched at once, and Python runs it no more: what changes comes in a tensor, the
+    learning rate too.
+    """
+    batch = take_batch(replay, samples, generator)
+    loss, terms, priority, *others = learn_batch(batch, *weights)
+    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_grad_norm)
+    optimizer.step()
+    return torch.cat([priority, loss.view(1), norm.view(1)]), terms, *others
+
+
+# Copied from pretrain_teacher.py
+def store_priorities(replay, rows, numbers, first_update):
+    """Waits for the `numbers` [B + 2] of E updates (`update_network`) and gives the `rows` [E, B] their priorities
+    -> numbers [E, B + 2]. Exits with one line if a loss is not finite."""
+    numbers = torch.stack(numbers).cpu().numpy()
+    finite = np.isfinite(numbers).all(axis=1)  # [E]
+    if not finite.all():
+        update = first_update + finite.argmin()
+        raise SystemExit(f"error: the loss is not finite at update {update}; try a lower --learning-rate")
+    for update_rows, priority in zip(rows, numbers[:, :-2], strict=True):  # in this order: the latest stays
+        replay.priority[update_rows] = priority
+    return numbers
 
 
 # Copied from pretrain_teacher.py
@@ -903,6 +947,7 @@ if __name__ == "__main__":
     student = origin.get("checksum")  # of the weights to start from; None: at random
     args.channels, args.blocks = net.config.channels, net.config.blocks
     device = choose_device(args, total_updates)
+    args.selfplay_stream = args.selfplay_stream and args.cuda
     datasets = read_teachers(args, origin.get("teacher_folders", {}))
     checksums = [data["checksum"] for data in datasets]
     env_ids = [data["env_id"] for data in datasets]
@@ -925,23 +970,33 @@ if __name__ == "__main__":
     if args.freeze_representation:
         net.representation.requires_grad_(False).eval()  # its batch norm statistics stay too
     parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
+    learning_rate = torch.zeros((), device=device)  # a tensor: a recorded update reads it where it lies
+    options = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
+    optimizer = torch.optim.SGD(parameters, lr=learning_rate, **options)
     generator = torch.Generator(device).manual_seed(args.seed)  # augmentation
-    record = model.Recorded if args.cudagraphs else None
-    options = {"discount": args.gamma, "c_init": args.c_init, "record": record}
+    options = {"discount": args.gamma, "c_init": args.c_init}
     options |= {"dirichlet_alpha": args.dirichlet_alpha, "noise_fraction": args.dirichlet_fraction}
     player = mcts.Search(model.inference_copy(net), args.num_simulations, E, **options)
     block = min(quota, 4096 if args.cuda else 1024)  # states; at full size one takes 0.7 MB of RAM, half of it on a GPU
     reanalyzer = mcts.Search(model.inference_copy(net), args.num_simulations, block, **options)
     evaluator = mcts.Search(model.inference_copy(net), args.num_simulations, args.eval_episodes, **options)
     next_target_net = model.inference_copy(net)
-    if args.compile:  # each for itself: the loss, with all that it unrolls, would take minutes
-        for network in net.children():
-            network.compile(dynamic=False)
     coefficients = {name: getattr(args, f"{name}_coef") for name in ("value_prefix", "policy", "value", "consistency")}
     constants = {"coefficients": coefficients, "sizes": sizes, "paper_loss": args.paper_loss}
     learn_batch = functools.partial(transfer_learn, net, unroll_loss, **constants)
-    recorded_learn = record(learn_batch) if record else learn_batch
+    steps = [replay, generator, optimizer, args.max_grad_norm]
+    update_batch = functools.partial(update_network, learn_batch, *steps)
+    measure_batch = functools.partial(update_network, functools.partial(learn_batch, measure=True), *steps)
+
+    # what makes a GPU faster: each is off by a flag, and changes nothing but the rounding
+    if args.compile:  # each for itself: the loss, with all that it unrolls, would take minutes
+        for network in net.children():
+            network.compile(dynamic=False)
+    if args.cudagraphs:
+        update_batch = model.Recorded(update_batch, generator)
+    if args.search_cudagraphs:
+        player.record = reanalyzer.record = evaluator.record = model.Recorded
+    selfplay_stream = torch.cuda.Stream(priority=-1) if args.selfplay_stream else None  # before the updates' kernels
 
     # the run folder, the games, and if the run goes on, all that it had
     run_name = model.file_name(f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
@@ -975,6 +1030,7 @@ if __name__ == "__main__":
             raise SystemExit(f"error: {found}; use its version of ale-py or of the environment, if the seed fixes that")
         for name, learner in learners.items():
             learner.load_state_dict(checkpoint[name])
+        optimizer.param_groups[0]["lr"] = learning_rate
         rng.bit_generator.state = checkpoint["rng"]
         generator.set_state(checkpoint["generator"])
         for name in ("policy", "value", "turn", "uses"):
@@ -995,13 +1051,14 @@ if __name__ == "__main__":
         if updates < total_updates or data["env_id"] != args.env_id or not all(same):
             raise SystemExit(f"error: --save-dataset {args.save_dataset} has other data; give the name of a new file")
 
-    def due(every):  # whether a multiple of `every` came since the last cycle
-        return updates % every < E
+    def due(every, cycles=0):  # whether a multiple of `every` came since the last cycle, now or so many cycles later
+        return (updates + cycles * E) % every < E
 
     # TRY NOT TO MODIFY: start the game
     args.run_dir = run_dir
     writer = make_writer(args, run_name, updates)
     log_every = max(1, min(100, online_updates // 100))  # updates
+    launched = None  # rows, numbers and first update of a cycle whose updates a GPU may still be busy with
     start_time, start_updates = time.time(), updates
     cycles = range(start_updates, total_updates + 1, E)
     # Each cycle begins with what is due before update number `updates`: so the untrained network is evaluated too.
@@ -1051,22 +1108,33 @@ if __name__ == "__main__":
                 result = reanalyze(player, replay, play.newest, legal, rng, noise=True)
         # First the steps before learning, then those in each environment before their E updates.
         wanted_steps = min(args.total_timesteps, max(args.learning_starts, (updates + E) * args.steps_per_update))
-        while env_steps < wanted_steps:
-            # ALGO LOGIC: put action logic here
-            if env_steps < random_steps:
-                action = rng.choice(np.flatnonzero(legal), E)
-            else:
-                action = select_actions(replay.policy[play.newest], temperature, rng)
+        played = []  # rows of the steps of this cycle
+        if selfplay_stream and not launched:  # steps beside updates need nothing that came after this
+            selfplay_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(selfplay_stream):  # without one it changes nothing
+            while env_steps < wanted_steps:
+                # ALGO LOGIC: put action logic here
+                if env_steps < random_steps:
+                    action = rng.choice(np.flatnonzero(legal), E)
+                else:
+                    action = select_actions(replay.policy[play.newest], temperature, rng)
 
-            # TRY NOT TO MODIFY: execute the game and log data.
-            highest = replay.priority[own].max() or 1.0
-            play_step(play, replay, action, env_steps, priority=highest)
-            env_steps += E
-            if env_steps >= random_steps:
-                result = reanalyze(player, replay, play.newest, legal, rng, noise=True)
-            for env in np.flatnonzero(play.over):
-                writer.add_scalar("charts/episodic_return", play.score[env], updates)
-                writer.add_scalar("charts/episodic_length", play.length[env], updates)
+                # TRY NOT TO MODIFY: execute the game and log data.
+                played.append(play.newest)
+                play_step(play, replay, action, env_steps)
+                env_steps += E
+                if env_steps >= random_steps:
+                    result = reanalyze(player, replay, play.newest, legal, rng, noise=True)
+                for env in np.flatnonzero(play.over):
+                    writer.add_scalar("charts/episodic_return", play.score[env], updates)
+                    writer.add_scalar("charts/episodic_length", play.length[env], updates)
+        if selfplay_stream:
+            torch.cuda.current_stream().wait_stream(selfplay_stream)
+        if launched:
+            store_priorities(replay, *launched)
+        if played:  # what is new has the highest priority that there is
+            played = np.concatenate(played)
+            replay.priority[played] = replay.acted[played] * (replay.priority[own].max() or 1.0)
 
         # ALGO LOGIC: training.
         if due(args.target_interval):  # the target network is the network of one to two intervals ago
@@ -1090,7 +1158,8 @@ if __name__ == "__main__":
         batches["frames"] = batches["frames"].to(replay.frames.device)
         numbers = []  # of each update: priorities, loss, gradient norm
         for update in range(updates, updates + E):
-            batch = take_batch(replay, batches, update - updates, generator)
+            samples = take_samples(replay, batches, update - updates, device)
+            learning_rate.fill_(learning_rate_at(update, online_updates, args.learning_rate))
             # Updates 10,000 to 10,499 measure with the old eta, from 10,500 on the new one holds; again every 5,000.
             phase = update % args.similarity_interval
             if phase == args.similarity_updates and measured:  # 120 of 500 similar: eta = 0.24 (XTRA, Appendix B)
@@ -1099,25 +1168,21 @@ if __name__ == "__main__":
                 measured = 0
             measure = m and args.task_weights and update >= args.similarity_start and phase < args.similarity_updates
             if not measure:
-                loss, terms, priority, _ = recorded_learn(batch, eta)
+                number, terms, _ = update_batch(samples, eta)
             else:  # m + 2 passes back through one loss, which neither compiled networks nor a recording allow
                 with torch.compiler.set_stance("force_eager"):
-                    loss, terms, priority, cosines = learn_batch(batch, eta, measure=True)
+                    number, terms, cosines = measure_batch(samples, eta)
                 similar = similar + (cosines > args.similarity_threshold)
                 measured += 1
                 for game, cosine in zip(games[1:], cosines.tolist(), strict=True):
                     writer.add_scalar(f"transfer/grad_cosine/{short_name(game.env_id)}", cosine, update)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-            optimizer.param_groups[0]["lr"] = learning_rate_at(update, online_updates, args.learning_rate)
-            optimizer.step()
-            numbers.append(torch.cat([priority, loss.view(1), norm.view(1)]))  # copied: a recording overwrites them
-        numbers = torch.stack(numbers).cpu().numpy()  # [E, B + offline + 2]; this waits for a GPU
-        finite = np.isfinite(numbers).all(axis=1)  # [E]
-        if not finite.all():
-            first = updates + finite.argmin()
-            raise SystemExit(f"error: the loss is not finite at update {first}; try a lower --learning-rate")
-        for update_rows, priority in zip(rows, numbers[:, :-2], strict=True):  # in this order: the latest stays
-            replay.priority[update_rows] = priority
+            numbers.append(number.clone())  # a recording overwrites it
+        launched = rows, numbers, updates
+        # A GPU is busy with these updates while the next steps are played, unless something that needs them is due.
+        coming = [due(every, cycles=1) for every in (args.selfplay_interval, args.checkpoint_every, args.eval_every)]
+        if selfplay_stream is None or due(log_every) or any(coming) or updates + E == total_updates:
+            numbers = store_priorities(replay, *launched)  # this waits for a GPU
+            launched = None
 
         if due(log_every):
             writer.add_scalar("losses/loss", numbers[-1, -2], updates)
@@ -1133,7 +1198,7 @@ if __name__ == "__main__":
                     writer.add_scalar(f"losses/{name}_loss{suffix}", part.mean().item(), updates)
             for game, value in zip(games[1:], eta.tolist(), strict=True):
                 writer.add_scalar(f"transfer/task_weight/{short_name(game.env_id)}", value, updates)
-            writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], updates)
+            writer.add_scalar("charts/learning_rate", learning_rate.item(), updates)
             writer.add_scalar("charts/beta", beta, updates)
             writer.add_scalar("charts/temperature", temperature, updates)
             writer.add_scalar("charts/mean_weight", weight.mean(), updates)

@@ -419,34 +419,38 @@ def refresh(frozen, net):
 class Recorded:
     """`function(*inputs)` on a GPU; its kernels are recorded at the third call, then launched as one CUDA graph.
 
-    inputs: tensors and NamedTuples of tensors, which keep their shapes; what else the function reads keeps its place in
-    memory. The next call overwrites the results. The first two calls are ordinary ones, so that the function has
-    allocated and compiled what it needs.
+    inputs: tensors and dicts of tensors, which keep their shapes; what else the function reads keeps its place in
+    memory. generator: the source of its random numbers, if it draws any; each call draws new ones. The next call
+    overwrites the results. The first two calls are ordinary ones, so that the function has allocated and compiled what
+    it needs, the optimizer's momentum too.
     """
 
-    stream = None  # of the ordinary calls: what autograd makes on the default stream cannot be recorded later
-
-    def __init__(self, function):
+    def __init__(self, function, generator=None):
         self.function = function
+        self.generator = generator
         self.calls = 0
         self.graph = None
+        # What autograd makes on the default stream cannot be recorded later. And no two recordings may share a stream:
+        # they would share cuBLAS's workspace, and one may be replayed beside the other.
+        self.stream = torch.cuda.Stream()
 
     def __call__(self, *inputs):
         if self.calls < 2:
             self.calls += 1
-            Recorded.stream = Recorded.stream or torch.cuda.Stream()
-            Recorded.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(Recorded.stream):
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 results = self.function(*inputs)
-            torch.cuda.current_stream().wait_stream(Recorded.stream)
+            torch.cuda.current_stream().wait_stream(self.stream)
             return results
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            self.inputs = [x._make(map(torch.clone, x)) if isinstance(x, tuple) else x.clone() for x in inputs]
+            if self.generator:
+                self.graph.register_generator_state(self.generator)
+            self.inputs = [{n: t.clone() for n, t in x.items()} if isinstance(x, dict) else x.clone() for x in inputs]
             gc.collect()  # a graph that nobody uses any more must not be freed while another is recorded: that ends it
             gc.disable()
             try:
-                with torch.cuda.graph(self.graph, stream=Recorded.stream):
+                with torch.cuda.graph(self.graph, stream=self.stream):
                     self.results = self.function(*self.inputs)
             finally:
                 gc.enable()
@@ -457,7 +461,7 @@ class Recorded:
 
 
 def tensors_in(inputs):
-    return [tensor for x in inputs for tensor in (x if isinstance(x, tuple) else (x,))]
+    return [tensor for x in inputs for tensor in (x.values() if isinstance(x, dict) else (x,))]
 
 
 # --- augmentation ---

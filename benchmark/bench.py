@@ -155,8 +155,8 @@ def ceiling(args, game, seed, updates=400, stored=1000, K=2):
         rows = rng.choice(acted, (1, 16))
         batches = finetune.make_targets(replay, rows, 3, K, 0.997**4, True, rng)
         batches["weight"] = np.ones((1, 16), np.float32)
-        batches = {name: torch.from_numpy(x) for name, x in batches.items()}
-        batch = finetune.take_batch(replay, batches, 0, generator)
+        samples = {name: torch.from_numpy(x[0]) for name, x in batches.items()}
+        batch = finetune.take_batch(replay, samples, generator)
         learn(batch, torch.ones(0), sizes=[16], paper_loss=False)
         optimizer.step()
     replay = labelled_play(game, 4, 125, seed + 1000)

@@ -26,7 +26,14 @@ SEARCH = {"num_simulations": 50, "c_init": 1.25, "dirichlet_alpha": 0.3, "dirich
 SEARCH |= {"reanalyze_reuse": 4, "target_interval": 200}
 EVALUATION = {"eval_every": 10_000, "eval_episodes": 32, "eval_max_frames": 108_000}
 RUN = {"run_dir": None, "resume": False, "checkpoint_every": 1_000, "cuda": True, "torch_deterministic": True}
-RUN |= {"compile": True, "cudagraphs": True, "track": False, "wandb_project_name": "xtra", "wandb_entity": None}
+RUN |= {
+    "compile": True,
+    "cudagraphs": True,
+    "search_cudagraphs": True,
+    "track": False,
+    "wandb_project_name": "xtra",
+    "wandb_entity": None,
+}
 TRANSFER = {"pretrained": None, "teachers": (), "transfer": "hgf", "freeze_representation": False, "cross_task": True}
 TRANSFER |= {"task_weights": True, "paper_loss": False, "offline_batch_size": 256, "similarity_interval": 5_000}
 TRANSFER |= {"similarity_updates": 500, "similarity_start": 10_000, "similarity_threshold": 0.1}
@@ -35,7 +42,7 @@ OFFLINE = {"seed": 1, "num_updates": 100_000, "cycle": 8, "batch_size": 256, "ch
 ONLINE = {"env_id": "MsPacmanNoFrameskip-v4", "seed": 1, "total_timesteps": 100_000, "steps_per_update": 1}
 ONLINE |= {"extra_updates": 0, "num_envs": 8}
 ONLINE |= {"learning_starts": 2_000, "selfplay_interval": 100, "batch_size": 256, "channels": None, "blocks": None}
-ONLINE |= {"save_dataset": None, "capture_video": False}
+ONLINE |= {"save_dataset": None, "capture_video": False, "selfplay_stream": True}
 GROUPS = {
     "pretrain_teacher": {"": OFFLINE | {"datasets": ()}, "search": SEARCH},
     "distill": {"": OFFLINE | DISTILL},

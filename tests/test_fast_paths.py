@@ -1,17 +1,17 @@
 """What makes training fast must not change it: parts of a search, bfloat16, torch.compile, recorded kernels."""
 
 import functools
-from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
+import recording
 import torch
 from test_mcts import World, random_legal, same
 from test_model import equal, some_obs, tiny_net
 
 import mcts
 import model
-from finetune import Batch, transfer_learn, unroll_loss
+from finetune import Batch, Replay, transfer_learn, unroll_loss, update_network
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 LEGAL = np.arange(18) % 3 > 0
@@ -30,12 +30,17 @@ def some_batch(seed=0, device="cpu", B=8, K=1):
     return batch._replace(action=(18 * batch.action).long(), mask=batch.mask.round())
 
 
-def test_a_search_in_two_parts_of_padded_size_is_the_search(monkeypatch):
-    """A part that got roots, noise, seeds or answers of the other, or of the search before, would act otherwise."""
-    world, gpu, nodes = World(5), World(5), mcts.NodeStates
+def in_two_parts(monkeypatch):  # a search of 40 roots whose latents say that they are on a GPU
+    nodes = mcts.NodeStates
     monkeypatch.setattr(mcts, "PARALLEL_MIN_ROOTS", 20)
     monkeypatch.setattr("os.cpu_count", lambda: 1)  # one thread for the trees: several are compiled anew
     monkeypatch.setattr(mcts, "NodeStates", lambda net, like, *args: nodes(net, like.as_subclass(torch.Tensor), *args))
+
+
+def test_a_search_in_two_parts_of_padded_size_is_the_search(monkeypatch):
+    """A part that got roots, noise, seeds or answers of the other, or of the search before, would act otherwise."""
+    in_two_parts(monkeypatch)
+    world, gpu = World(5), World(5)
     gpu.search_root = lambda obs: (world.encode(obs).as_subclass(OnGpu), world.value[obs], world.logits[obs])
     search = mcts.Search(gpu, 12, 40, record=lambda simulate: simulate)
     for i, n in enumerate((40, 33, 3, 17, 1, 40)):
@@ -98,50 +103,115 @@ def test_gradients_of_h_in_channels_last_order_are_those_of_the_other_order(devi
 
 
 def test_a_recording_gets_the_inputs_of_each_call(monkeypatch):
-    """On a stand-in for a CUDA graph, which calls the function again with the tensors that it was recorded with."""
+    recording.patch(monkeypatch)
 
     def function(batch, eta):
-        return batch.obs * eta, batch.value + eta
+        calls.append(None)
+        return batch["obs"] * eta, batch["value"] + eta
 
-    recorded = model.Recorded(Mock(side_effect=function))
-    replay = Mock(side_effect=lambda: torch._foreach_copy_(recorded.results, function(*recorded.inputs)))
-    monkeypatch.setattr(torch, "cuda", MagicMock(CUDAGraph=lambda: Mock(replay=replay)))
-    monkeypatch.setattr(model.Recorded, "stream", None)
-    batches = [some_batch(seed) for seed in range(5)]
+    calls, recorded = [], model.Recorded(function)
+    batches = [some_batch(seed)._asdict() for seed in range(5)]
     for seed, batch in enumerate(batches):
-        assert equal(recorded(batch, torch.tensor(seed)), function(batch, torch.tensor(seed)))
-    assert all(equal(batch, some_batch(seed)) for seed, batch in enumerate(batches))  # still the caller's tensors
-    assert recorded.function.call_count == 3 and replay.call_count == 3  # two ordinary calls, and the recorded one
+        assert equal(recorded(batch, torch.tensor(seed)), (batch["obs"] * seed, batch["value"] + seed))
+    assert all(equal(batch.values(), some_batch(seed)) for seed, batch in enumerate(batches))  # still the caller's
+    assert len(calls) == 3  # two ordinary calls, and the recorded one
+
+
+def some_samples(seed, K, device):
+    """As of `take_samples`, from rows 0 to 99."""
+    batch, g = some_batch(seed, K=K), torch.Generator().manual_seed(seed)
+    samples = batch._asdict() | {"frames": torch.randint(0, 100, (8, K + 4), generator=g)}
+    return {name: x.to(device) for name, x in samples.items() if name not in ("obs", "target_obs")}
+
+
+def updates(wrap, device, compiled=False, K=2, n=20):
+    """n updates of different data, rates and weights of tasks, each fifth an ordinary one that measures -> numbers and
+    cosines of each, the change of all parameters, momentum, batch norm statistics, the generator's state."""
+    net, generator = tiny_net().to(device, memory_format=torch.channels_last).train(), torch.Generator(device)
+    for network in net.children() if compiled else []:
+        network.compile(dynamic=False)
+    replay = Replay(100, device)
+    replay.frames[:] = torch.randint(0, 256, (100, 3, 96, 96), generator=torch.Generator().manual_seed(9)).to(device)
+    rate = torch.zeros((), device=device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4, fused=True)
+    learn_batch = functools.partial(transfer_learn, net, unroll_loss, **SETTINGS)
+    measuring = functools.partial(learn_batch, measure=True)
+    steps = [replay, generator.manual_seed(1), optimizer, 0.5]
+    update_batch = wrap(functools.partial(update_network, learn_batch, *steps), generator)
+    start, said = [x.detach().clone() for x in net.parameters()], []
+    for i in range(n):
+        inputs = some_samples(i, K, device), torch.tensor([i / 7, 1.0], device=device)
+        rate.fill_(1e-4 * i)
+        if i % 5 == 4:
+            with torch.compiler.set_stance("force_eager"):
+                numbers, _, cosines = update_network(measuring, *steps, *inputs)
+        else:
+            numbers, _, cosines = update_batch(*inputs)
+        said.append(torch.cat([numbers, cosines]))
+    moved = torch.cat([(x.detach() - y).flatten() for x, y in zip(net.parameters(), start, strict=True)])
+    momentum = torch.cat([optimizer.state[x]["momentum_buffer"].flatten() for x in net.parameters()])
+    return torch.stack(said), moved, momentum, list(net.buffers()), generator.get_state()
+
+
+def test_a_recorded_update_is_the_update_bit_by_bit(monkeypatch):
+    """Gather, augmentation, loss, pass back, clipping and step, on a stand-in for a CUDA graph."""
+    recording.patch(monkeypatch)
+    expected = updates(lambda function, generator: function, "cpu")
+    torch.testing.assert_close(updates(model.Recorded, "cpu"), expected, rtol=0, atol=0)
+    assert len({numbers[8].item() for numbers in expected[0]}) == 20  # losses
 
 
 @needs_cuda
-def test_recorded_and_compiled_updates_are_the_updates(monkeypatch):
-    """Also after an ordinary pass, which measures the cosines between two replays and must not use their memory."""
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recorded_and_compiled_updates_are_the_updates(monkeypatch, compiled):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    runs = []
-    for compiled, error in ((False, 0), (False, 0.3), (True, 0.7)):
-        net, losses = tiny_net().to("cuda", memory_format=torch.channels_last), []
-        for network in net.children() if compiled else []:
-            network.compile(dynamic=False)
-        start = torch.cat([x.detach().flatten() for x in net.parameters()])
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.001, momentum=0.9, fused=True)
-        learn = functools.partial(transfer_learn, net, unroll_loss, **SETTINGS)
-        learn = model.Recorded(learn) if runs else learn
-        for seed in range(7):
-            batch, eta = some_batch(seed, "cuda"), torch.tensor([seed / 7, 1.0], device="cuda")
-            if seed == 5:
-                with torch.compiler.set_stance("force_eager"):
-                    transfer_learn(net, unroll_loss, batch, eta, **SETTINGS, measure=True)
-            losses.append(learn(batch, eta)[0].item())
-            optimizer.step()
-        runs.append((losses, torch.cat([x.detach().flatten() for x in net.parameters()]) - start))
-        np.testing.assert_allclose(losses, runs[0][0], rtol=0.02)
-        assert (runs[-1][1] - runs[0][1]).norm() <= error * runs[0][1].norm()  # bfloat16 alone, on a CPU: 0.6
-    assert learn.graph is not None and len(set(losses)) == 7
+    expected = updates(lambda function, generator: function, "cuda")
+    found = updates(model.Recorded, "cuda", compiled)
+    error = 0.7 if compiled else 0.3  # of the length; bfloat16 alone, on a CPU: 0.6
+    torch.testing.assert_close(found[0][:, 8], expected[0][:, 8], rtol=0.02, atol=0)  # losses
+    for x, y in zip(found[1:3], expected[1:3], strict=True):  # parameters, momentum
+        assert (x - y).norm() <= error * y.norm()
+    assert torch.equal(found[-1], expected[-1])  # as many random numbers were drawn
+
+
+def test_the_stand_in_keeps_what_a_gpu_would_keep_and_refuses_what_it_refuses(monkeypatch):
+    recording.patch(monkeypatch)
+    found = {"number": 1, "tensor": torch.tensor(1.0), "place": torch.tensor(1.0)}
+    recorded = model.Recorded(lambda x: torch.stack([x * y for y in found.values()]))
+    for _ in range(3):
+        recorded(torch.tensor(1.0))
+    found |= {"number": 2, "place": torch.tensor(2.0)}
+    found["tensor"].fill_(2)
+    assert recorded(torch.tensor(10.0)).tolist() == [10, 20, 10]  # only a tensor that is still there is read anew
+    for fault, name in ((lambda x: x.item(), "_local_scalar_dense"), (torch.rand_like, "rand_like")):
+        recorded = model.Recorded(fault, torch.Generator())
+        for _ in range(2):
+            recorded(torch.ones(()))
+        with pytest.raises(RuntimeError, match=name):
+            recorded(torch.ones(()))
+
+
+def test_a_recorded_search_is_the_search_bit_by_bit(monkeypatch):
+    """Also with other weights and fewer roots."""
+    recording.patch(monkeypatch)
+    in_two_parts(monkeypatch)
+    searches = []
+    for record in (lambda evaluate: evaluate, model.Recorded):
+        net = model.inference_copy(tiny_net())
+        encode = net.search_root
+        net.search_root = lambda obs, encode=encode: [x.as_subclass(OnGpu) for x in encode(obs)]
+        searches.append(mcts.Search(net, 6, 40, record=record))
+    for seed, n in enumerate((40, 40, 33, 40, 3, 37)):
+        results = []
+        for search in searches:
+            model.refresh(search.net, tiny_net(seed))
+            results.append(search(some_obs(n, seed), LEGAL, np.random.default_rng(seed), True))
+        assert same(*results)
+    assert all(part.recorded[20].graph for part in searches[1].halves)
 
 
 @needs_cuda
-def test_a_recorded_search_is_the_search_also_with_other_weights_and_fewer_roots():
+def test_a_recorded_search_is_the_search_on_a_gpu():
     search = mcts.Search(model.inference_copy(tiny_net().cuda()), 20, 600, record=model.Recorded)  # two parts
     for seed, n in enumerate((600, 600, 520, 600, 555)):
         model.refresh(search.net, tiny_net(seed).cuda())

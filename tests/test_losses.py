@@ -203,13 +203,15 @@ def test_gradient_cosines_change_no_parameter_and_no_gradient():
 def etas(updates, cosine, **flags):
     """eta of each update, by these lines of finetune.py's main loop; cosine(update) is what a measurement gives."""
     source = (ROOT / "finetune.py").read_text()
-    lines = source[source.index("            phase = update") : source.index("            norm = torch.nn.utils.clip")]
+    lines = source[
+        source.index("            phase = update") : source.index("            numbers.append(number.clone())")
+    ]
     code = compile(textwrap.dedent(lines), "finetune.py", "exec")
-    space = {"args": SimpleNamespace(**vars(Transfer()) | flags), "m": 1, "batch": None, "games": [None, MagicMock()]}
+    space = {"args": SimpleNamespace(**vars(Transfer()) | flags), "m": 1, "samples": None, "games": [None, MagicMock()]}
     space |= {"eta": torch.ones(1), "similar": torch.zeros(1), "measured": 0, "writer": MagicMock(), "torch": torch}
     space["short_name"] = short_name
-    space["recorded_learn"] = lambda batch, eta: (0, 0, 0, None)
-    space["learn_batch"] = lambda batch, eta, measure: (0, 0, 0, torch.tensor([cosine(space["update"])]) * measure)
+    space["update_batch"] = lambda samples, eta: (0, 0, None)
+    space["measure_batch"] = lambda samples, eta: (0, 0, torch.tensor([cosine(space["update"])]))
     found = []
     for space["update"] in range(updates):
         exec(code, space)

@@ -131,7 +131,7 @@ def played(env_id, E=8, steps=40):
 def draw_batch(replay, n, K, rng, generator):
     rows = rng.choice(np.flatnonzero(replay.acted), (1, n))
     batches = make_targets(replay, rows, 5, K, 0.988, True, rng) | {"weight": np.ones((1, n), np.float32)}
-    return take_batch(replay, {name: torch.from_numpy(x) for name, x in batches.items()}, 0, generator)
+    return take_batch(replay, {name: torch.from_numpy(x[0]) for name, x in batches.items()}, generator)
 
 
 @torch.no_grad()

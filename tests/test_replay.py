@@ -46,26 +46,26 @@ class Script(model.AtariGames):
         return self.frames(), reward, terminated, truncated, {"lives": lives}
 
 
-def played(monkeypatch, script, priority=1.0):  # -> play, replay, (over, score, length) after each step
+def played(monkeypatch, script):  # -> play, replay, (over, score, length) after each step
     monkeypatch.setattr(finetune, "make_envs", lambda env_id, num_envs: script)
     replay, seen = Replay(14), []
     play = start_games("A", replay, np.array([0, 7]), seed=3)
     for t in range(6):
-        play_step(play, replay, np.array([t, 17 - t]), 100 + 2 * t, priority)
+        play_step(play, replay, np.array([t, 17 - t]), 100 + 2 * t)
         seen.append([*play.over, *play.score, *play.length])
     return play, replay, seen
 
 
 def test_each_environment_fills_its_stream_row_by_row(monkeypatch):
-    play, replay, _ = played(monkeypatch, Script(), priority=2.5)
+    play, replay, _ = played(monkeypatch, Script())
     assert play.envs.seed == 3 and play.newest.tolist() == [6, 13]
-    names = ("acted", "end", "age", "priority", "reward", "action", "stored_at")
+    names = ("acted", "end", "age", "reward", "action", "stored_at")
     stream = {name: getattr(replay, name).reshape(2, 7) for name in names}
     #            step                     0        1        2        3       4 (resets)      5     newest
     assert stream["acted"].tolist() == [[1, 1, 1, 1, 0, 1, 0], [1, 1, 0, 1, 1, 1, 0]]
     assert stream["end"].tolist() == [[0, LIFE_LOST, 0, GAME_OVER, 0, 0, 0], [0, TIME_LIMIT, 0, 0, 0, 0, 0]]
     assert stream["age"].tolist() == [[0, 1, 0, 1, 2, 0, 1], [0, 1, 2, 0, 1, 2, 3]]
-    assert (stream["priority"] == 2.5 * stream["acted"]).all()
+    assert not replay.priority.any()  # the main loop gives one
     assert stream["reward"][:, :6].T.tolist() == [[step[0][0], step[1][0]] for step in Script.table]
     np.testing.assert_array_equal(stream["action"][:, :6], [range(6), range(17, 11, -1)])
     np.testing.assert_array_equal(stream["stored_at"][:, :6], [range(100, 112, 2), range(101, 113, 2)])

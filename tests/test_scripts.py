@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import recording
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import with_flags
@@ -139,6 +141,28 @@ def test_a_finished_run_that_is_started_again_is_as_it_was(chain, tmp_path):
 
 def test_the_same_seed_gives_the_same_run(chain):
     assert_same(chain[0] / "xtra", chain[0] / "again")
+
+
+def test_what_a_gpu_does_otherwise_changes_no_bit_of_a_run(chain, tmp_path, monkeypatch):
+    """Updates that are recorded, on a stand-in, and steps that are played while the updates before them are pending."""
+    recording.patch(monkeypatch)
+    source = (ROOT / "finetune.py").read_text()
+    for line, forced in {
+        "    args.selfplay_stream = args.selfplay_stream and args.cuda\n": "",
+        "    if args.cudagraphs:\n": "    if True:\n",
+        "    log_every = max(1, min(100, online_updates // 100))": "    log_every = 20",  # what is logged is waited for
+    }.items():
+        assert source.count(line) == 1
+        source = source.replace(line, forced)
+    (tmp_path / "finetune.py").write_text(source)
+    folder = shutil.copytree(chain[0], tmp_path / "copy")
+    waits = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda **_: SimpleNamespace(wait_stream=waits.append))
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    run_here(folder, f"{RUNS['xtra']}", "forced")
+    assert changed(folder / "forced", folder / "xtra") == set()
+    assert (folder / "forced/evaluations.csv").read_text() == (folder / "xtra/evaluations.csv").read_text()
+    assert len(waits) == 2 + 4  # of two ordinary updates, and of the cycles at 0, 4, 20 and 24 of 10
 
 
 def test_evaluations_are_at_the_right_steps(chain):

@@ -6,7 +6,16 @@ import torch
 
 import pretrain_teacher
 from finetune import td_steps_by_age
-from pretrain_teacher import GAME_OVER, LIFE_LOST, TIME_LIMIT, Replay, make_targets, stack_frames, take_batch
+from pretrain_teacher import (
+    GAME_OVER,
+    LIFE_LOST,
+    TIME_LIMIT,
+    Replay,
+    make_targets,
+    stack_frames,
+    take_batch,
+    take_samples,
+)
 
 
 def replay_of(reward, end, acted):
@@ -59,7 +68,7 @@ def test_stacks_repeat_an_episodes_first_frame_and_targets_its_last(monkeypatch)
     roots = np.array([[4, 4, 4], [0, 2, 4]])
     batches = make_targets(replay, roots, np.full((2, 3), 1), 3, 0.5, True, np.random.default_rng(0))
     batches = {name: torch.from_numpy(x) for name, x in batches.items()} | {"weight": torch.arange(6.0).view(2, 3)}
-    batch = take_batch(replay, batches, 1, torch.Generator())
+    batch = take_batch(replay, take_samples(replay, batches, 1, torch.device("cpu")), torch.Generator())
     np.testing.assert_array_equal(batch.obs[:, ::3, 0, 0], [[0, 0, 0, 0], [0, 0, 1, 2], [4, 4, 4, 4]])
     np.testing.assert_array_equal(batch.obs, stack_frames(replay, roots[1]))
     # frames o_t-2 .. o_t+3: the stack of o_t+k is columns k-1 .. k+2; past the end the last frame is repeated

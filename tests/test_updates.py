@@ -67,7 +67,7 @@ def test_a_cycle_is_e_updates_each_with_a_batch_of_its_own():
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
         losses = []
         for batches, i in draws:
-            batch = take_batch(replay, batches, i, generator)
+            batch = take_batch(replay, {name: x[i] for name, x in batches.items()}, generator)
             losses.append(pretrain_teacher.learn(net, unroll_loss, batch, coefficients=PAPER)[0])
             optimizer.step()
         return [*losses, *net.parameters()]
