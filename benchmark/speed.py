@@ -3,12 +3,16 @@
     python benchmark/speed.py                     # every stage at full size; some 15 minutes on two cores
     python benchmark/speed.py --quick             # toy networks, for a CPU: two minutes
     python benchmark/speed.py --cases xtra --flags="--num-simulations 25"
+    python benchmark/speed.py --plan H100         # what it would be on a GPU that is not here: counted, not measured
 
 Each case runs the main loop of its script in a process of its own. The update counter starts near --stored-steps; the
 steps until there are random, and all are searched in the warm-up. On a GPU, blocks of updates without timers, which
 give the time of an update, alternate with blocks whose timers wait for the GPU, which give its split; on a CPU each
 block gives both. Reported is the block with the median time. XTRA on a GPU measures eta in 10 % of its updates, as
 every run does from update 10,000 on (--flags="--similarity-start 90000": in none).
+
+--plan runs the scripts on a simulated GPU (benchmark/simulated_gpu.py), which counts the kernels, bytes, FLOPs, waits
+and memory of an update and adds up what they take under the assumptions of the last group of flags.
 """
 
 import ast
@@ -22,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -31,8 +35,11 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import simulated_gpu
+
 import distill
 import finetune
+import mcts
 import model
 import pretrain_teacher
 
@@ -47,6 +54,8 @@ class Args:
     repeats: int | None = None  # blocks to take the median of; default: 5, on a CPU at full size 3
     seed: int = 1  # seed of the runs
     output: str = "speed.csv"  # the table to write
+    plan: Literal["H100", "H200", "A100", "RTX4090"] | None = None  # the card to simulate
+    assumptions: simulated_gpu.Assumptions = field(default_factory=simulated_gpu.Assumptions)
 
 
 # Updates: of a block, and of the warm-up before the first. total: updates of the run that each case is the start of.
@@ -54,6 +63,7 @@ Plan = namedtuple("Plan", "stored_steps repeats block warm_up offline_games tota
 PLANS = {
     "gpu": Plan(20_000, 5, 200, 200, 4, 100_000, "--similarity-start 0 --similarity-interval 200 "
                 "--similarity-updates 20"),
+    "plan": Plan(20_000, 1, 40, 40, 4, 100_000, "--similarity-start 0 --similarity-interval 40 --similarity-updates 4"),
     "cpu": Plan(2_000, 3, 1, 1, 2, 10_000, "--num-envs 1 --cycle 1"),  # an update takes up to a minute
     "quick": Plan(400, 5, 40, 16, 2, 10_000, "--channels 16 --blocks 1 --batch-size 8 --offline-batch-size 8 "
                   "--num-simulations 8 --unroll-steps 3"),
@@ -70,8 +80,7 @@ FLOOR = {"efficientzero": 4.2, "xtra": 18.0}  # counted ms of an update on one H
 # A call of one of these counts for its part, until it calls another. A name that a script does not have is skipped.
 PARTS = {
     "draw": ["stalest", "sample", "make_targets"],
-    "batch": ["take_batch"],
-    "training": ["learn_batch", "recorded_learn", "torch.nn.utils.clip_grad_norm_", "optimizer.step"],
+    "training": ["take_samples", "update_batch", "measure_batch", "store_priorities"],
     "network": ["mcts.NodeStates.evaluate", "model.EfficientZeroNet.search_root"],
     "tree": ["mcts.make_tree", "mcts.run_step"],
     "transfers": ["mcts.NodeStates.outputs", "reanalyze"],
@@ -83,7 +92,29 @@ COLUMNS = {"case": "", "net": "", "ms": ".1f", "updates/s": ".2f"} | dict.fromke
 COLUMNS |= {"RAM GB": ".2f", "GPU GB": ".2f", "of floor": ".0%", "eval": ".2f", "hours": ".1f"}
 
 
+# What --plan counts: the function whose calls belong to each part of a GPU's work. "script" is the one that runs.
+PLAN_PARTS = {
+    "gather, augment": (["script.take_batch"]),
+    "forward": ["script.unroll_loss"],
+    "backward": ["torch.Tensor.backward"],
+    "similarity": ["script.gradient_cosines"],
+    "clip": ["torch.nn.utils.clip_grad_norm_"],
+    "step": ["torch.optim.SGD.step"],
+    "search": ["mcts.Search.__call__"],  # all but the two parts below: transfers and waits
+    "roots": ["model.EfficientZeroNet.search_root"],
+    "leaves": ["mcts.NodeStates.evaluate_rows"],
+    "copies": ["model.refresh"],
+    "other": [],
+}
+COUNTED = {"ms": ("seconds", 1e3), "kernels": ("kernels", 1), "GB": ("bytes", 1e-9), "TFLOP": ("flops", 1e-12)}
+COUNTED |= {name: (name, 1) for name in ("launches", "transfers", "waits")}
+ON_THE_HOST = ["script.stalest", "script.sample", "script.make_targets", "mcts.make_tree", "model.AtariGames.step"]
+
+
 # --- in the process of a case ---
+host_time = time.perf_counter  # s; --plan has a clock of its own
+
+
 class Clock:
     """Seconds by part, as long as it is on; before, all is "other"."""
 
@@ -100,7 +131,7 @@ class Clock:
         """What passed since the last switch is of the part that was on; now it is another's turn."""
         if self.script.args.cuda:
             torch.cuda.synchronize()
-        now = time.perf_counter()
+        now = host_time()
         self.spent[self.part] += now - self.since
         self.part, self.since = part, now
 
@@ -117,8 +148,41 @@ class Clock:
         return wrapper
 
 
-def run_blocks(script, plan):
-    """Runs the main block of a script to the end of its loop -> blocks (timed, seconds of an update, those by part)."""
+def simulate(script, card, assumptions):
+    """Puts a simulated GPU in the place of the one that is not here -> it."""
+    global host_time
+    gpu = simulated_gpu.install(card, assumptions)
+    host_time = lambda: gpu.now  # noqa: E731
+    script.choose_device = lambda args, num_updates, choose=script.choose_device: (
+        choose(args, num_updates) and simulated_gpu.DEVICE
+    )
+    modules = {"script": script, "torch": torch, "model": model, "mcts": mcts}
+
+    def owner_of(path):
+        first, *others, name = path.split(".")
+        return functools.reduce(getattr, others, modules[first]), name
+
+    for part, path in [(part, path) for part, paths in PLAN_PARTS.items() for path in paths]:
+        owner, name = owner_of(path)
+        if hasattr(owner, name):
+            simulated_gpu.labelled(owner, name, part)
+    for path in ON_THE_HOST:
+        owner, name = owner_of(path)
+        if hasattr(owner, name):
+            simulated_gpu.hosted(owner, name)
+
+    def tree_seconds(tree, *_):
+        threads = assumptions.tree_threads if len(tree.roots) >= mcts.PARALLEL_MIN_ROOTS else 1
+        return 1e-9 * assumptions.tree_ns * len(tree.roots) / threads
+
+    simulated_gpu.hosted(mcts, "run_step", tree_seconds)
+    os.cpu_count = lambda: 1  # what is run in parallel is compiled for half a minute
+    return gpu
+
+
+def run_blocks(script, plan, gpu):
+    """Runs the main block of a script to the end of its loop -> blocks (timed, seconds of an update, those by part, and
+    what a simulated GPU did)."""
     blocks = []
 
     def cycles(cycles, **_):  # in place of the progress bar: yields a cycle's first update when the one before is over
@@ -126,12 +190,15 @@ def run_blocks(script, plan):
         for i in range(1 + plan.repeats * (1 + cuda)):  # block 0 is the warm-up
             clock.switch("other")
             clock.on, clock.spent, first = i > 0 and not (cuda and i % 2), Counter(), updates
+            if gpu:
+                gpu.counts.clear()
             while updates < first + (plan.block if i else plan.warm_up):
                 yield updates
                 updates += cycles.step
             clock.switch("other")
             spent = {part: clock.spent[part] / (updates - first) for part in PARTS}
-            blocks.append((clock.on, sum(spent.values()), spent))
+            counts = {part: dict(count) for part, count in gpu.counts.items()} if gpu else {}
+            blocks.append((clock.on, sum(spent.values()), spent, counts))
         clock.on = False
 
     progress, model.Progress = model.Progress, cycles
@@ -142,19 +209,21 @@ def run_blocks(script, plan):
     return blocks[1:]
 
 
-def measure(name, flags, plan):
-    """Runs a case in this process, which is to be a new one -> its row, times in ms per update."""
+def measure(name, flags, plan, card=None, assumptions=None):
+    """Runs a case in this process, which is to be a new one -> its row, times in ms per update; and by part, what a
+    simulated GPU did in an update."""
     script, stamps = CASES[name][0], []
+    gpu = simulate(script, card, simulated_gpu.Assumptions(**assumptions)) if card else None
     read_flags = model.read_flags
     model.read_flags = lambda cls, description: read_flags(cls, description, flags)
     model.refuse_flag = lambda *_: None  # flags that only the other scripts have
-    blocks = sorted(run_blocks(script, plan), key=lambda block: block[1])
+    blocks = sorted(run_blocks(script, plan, gpu), key=lambda block: block[1])
     middle, modes = (plan.repeats - 1) // 2, (True, not script.args.cuda)
     split, plain = [[block for block in blocks if block[0] == timed][middle] for timed in modes]
     peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())  # KiB; getrusage's is the parent's too
 
     def search(*args, **kwargs):  # waits for its results, on a GPU too
-        stamps.append(time.perf_counter())
+        stamps.append(host_time())
         return script.evaluator(*args, **kwargs)
 
     search.net, search.capacity = script.evaluator.net, script.evaluator.capacity
@@ -164,7 +233,8 @@ def measure(name, flags, plan):
     row = {"case": name, "net": f"{script.args.blocks}x{script.args.channels}", "ms": 1e3 * plain[1]}
     row |= {"updates/s": 1 / plain[1]} | {part: 1e3 * seconds for part, seconds in split[2].items()}
     row |= {"RAM GB": int(peak[1]) * 1024 / 1e9, "GPU GB": torch.cuda.max_memory_reserved() / 1e9}
-    return row | {"eval": 1e3 * evaluation, "hours": (plain[1] + evaluation) * 1e5 / 3600}
+    row |= {"eval": 1e3 * evaluation, "hours": (plain[1] + evaluation) * 1e5 / 3600}
+    return row, {part: {key: x / plan.block for key, x in count.items()} for part, count in plain[3].items()}
 
 
 # --- in the parent ---
@@ -207,15 +277,17 @@ if __name__ == "__main__":
         )
     if args.quick:  # as in quickstart.sh
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    plan = PLANS["quick" if args.quick else "gpu" if torch.cuda.is_available() else "cpu"]
+    plan = PLANS["quick" if args.quick else "plan" if args.plan else "gpu" if torch.cuda.is_available() else "cpu"]
     plan = plan._replace(**{name: x for name, x in vars(args).items() if name in Plan._fields and x is not None})
     if not 400 <= plan.stored_steps <= 0.9 * plan.total or not 1 <= plan.repeats <= 20:
         raise SystemExit(f"error: expected 400 to {0.9 * plan.total:.0f} --stored-steps and 1 to 20 --repeats")
     cpu = re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    assumptions = {name: x for name, x in vars(args).items() if name in vars(simulated_gpu.Assumptions())}
+    gpu = f"{args.plan} (simulated: nothing here is measured)" if args.plan else gpu
     machine = {"cpu": cpu, "cores": os.cpu_count(), "gpu": gpu, "torch": torch.__version__, "date": time.strftime("%F")}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # takes the child along and clears the folder
-    games, rows = GAMES[: plan.offline_games], []
+    games, rows, counted = GAMES[: plan.offline_games], [], {}
     with open(args.output, "w", newline="") as file, tempfile.TemporaryDirectory(prefix="speed-") as folder:
         print(f"collecting {plan.stored_steps:,} random steps of {', '.join(games)}", flush=True)
         for game in games:
@@ -230,11 +302,11 @@ if __name__ == "__main__":
             words = f"{common} --run-dir {folder}/run-{name} {CASES[name][1]} {plan.size} {args.flags}".format(**inputs)
             words = override(words.split())
             code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import speed"
-            code += f"; print(speed.measure({name!r}, {words}, speed.{plan}))"
+            code += f"; print(speed.measure({name!r}, {words}, speed.{plan}, {args.plan!r}, {assumptions}))"
             done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
             if done.returncode:  # the script has said why, unless it was killed
                 raise SystemExit(f"error: --cases {name} ended with {done.returncode}; -9 may be a lack of memory")
-            row = ast.literal_eval(done.stdout.splitlines()[-1])
+            row, counted[name] = ast.literal_eval(done.stdout.splitlines()[-1])
             row["of floor"] = FLOOR.get(name, np.nan) / row["ms"] if not (args.quick or args.flags) else np.nan
             rows.append(row | vars(args) | plan._asdict() | machine)
         writer = csv.DictWriter(file, rows[0])
@@ -244,6 +316,12 @@ if __name__ == "__main__":
     widths = [max(map(len, column)) for column in zip(COLUMNS, *lines, strict=True)]
     for line in [COLUMNS, *lines]:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    for name, parts in counted.items() if args.plan else []:
+        print(f"\n{name}, in an update: ms on the GPU; launches, transfers and waits of the host")
+        print("".join(title.rjust(10) for title in ["", *COUNTED]).rjust(20))
+        for part in [part for part in PLAN_PARTS if part in parts]:
+            cells = [format(scale * parts[part].get(key, 0), ",.2f") for key, scale in COUNTED.values()]
+            print(part.ljust(20) + "".join(cell.rjust(10) for cell in cells))
     print("\nms of an update and its parts. of floor: ms counted for one H100 / ms. eval: 32 games of 1,000 steps in")
     print("10,000 updates. hours: of 100,000 updates with eval. {cpu}, {cores} cores, {gpu}, {date}".format(**machine))
     print(f"{args.output}: table saved")
