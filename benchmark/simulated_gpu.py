@@ -18,6 +18,7 @@ import functools
 import math
 import time
 import weakref
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,7 +54,6 @@ GATHERS = ("index", "index_select", "gather")  # read as much as they write of t
 SCATTERS = ("index_copy_", "index_put_", "_index_put_impl_")  # write as much as they read of the last
 NO_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "lift_fresh")
 DEVICE = torch.device("cuda:0")
-REAL_AUTOCAST = torch.autocast
 
 
 class Storage:
@@ -205,9 +205,8 @@ class Gpu:
             self.storages[key] = Storage(storage.nbytes(), pool, self.stream)
             pool["held"] += storage.nbytes()
             pool["peak"] = max(pool["peak"], pool["held"])
-            for stream, count in self.stream.freed if self.capturing is None else []:
-                if not self.stream.knows(stream, count):
-                    self.races.append("memory that another stream still uses is given away")
+            if not all(self.stream.knows(*use) for use in self.stream.freed):
+                self.races.append(("given away while another stream uses it", self.storages[key]))
             self.stream.freed = []
         self.storages[key].tensors += 1
         weakref.finalize(tensor, self.release, key)
@@ -218,8 +217,8 @@ class Gpu:
         if storage.tensors == 0:
             del self.storages[key]
             storage.pool["held"] -= storage.num_bytes
-            uses = storage.reads.items() if storage.pool is self.pool else ()
-            storage.stream.freed += [(stream, count) for stream, count in uses if stream is not storage.stream]
+            uses = [*storage.reads.items(), storage.write] if storage.pool is self.pool else []
+            storage.stream.freed += [use for use in uses if use and use[0] is not storage.stream]
 
     def peak_bytes(self):
         return self.pool["peak"] + sum(graph.pool["peak"] for graph in self.graphs)
@@ -232,14 +231,14 @@ class Gpu:
         stream = self.stream
         stream.count += 1
         for storage in reads | writes:
-            others = [storage.write] if storage.write else []
-            others += storage.reads.items() if storage in writes else []
-            if not all(stream.knows(*other) for other in others):
-                self.races.append(storage)
+            if storage.write and not stream.knows(*storage.write):
+                self.races.append(("used while another stream writes it", storage))
+            if storage in writes and not all(stream.knows(*use) for use in storage.reads.items()):
+                self.races.append(("written while another stream reads it", storage))
         for storage in reads:
             storage.reads[stream] = stream.count
         for storage in writes:
-            storage.write, storage.reads = (stream, stream.count), {stream: stream.count}
+            storage.write, storage.reads = (stream, stream.count), {}
 
     # --- time ---
     def enqueue(self, kernels):
@@ -303,6 +302,10 @@ class Gpu:
         if to_gpu:
             self.close_group()
             self.transfer(elsewhere[0], blocking=not (kwargs.get("non_blocking") or True in args[2:]))
+        elif (
+            name == "cat"
+        ):  # of a split, autograd fills in the gradients of what is not used, where C++ thinks they lie
+            pass
         elif elsewhere and name not in (*GATHERS, *SCATTERS):
             raise RuntimeError(f"{name}: expected all tensors to be on the same device")
         elif elsewhere:  # indices
@@ -408,32 +411,42 @@ def size_of(tensor):
     return tensor.element_size() * math.prod(sizes)
 
 
-def install(card, assumed):
-    """Puts the simulated GPU in the place of torch.cuda, for the rest of this process -> Gpu."""
+@contextlib.contextmanager
+def simulated(card, assumed):
+    """Puts the simulated GPU in the place of torch.cuda -> Gpu."""
     global gpu
     import torch._dynamo  # noqa: F401  (what it imports reads torch.Generator as a type)
 
     gpu = Gpu(card, assumed)
     gpu.stream = gpu.new_stream()
-    one_generator = torch.Generator
+    one_generator, one_autocast = torch.Generator, torch.autocast
+    clip = torch.nn.utils.clip_grad
+    grouped = clip._group_tensors_by_device_and_dtype
     patches = {
-        "is_available": lambda: True, "is_bf16_supported": lambda *_, **__: True, "_lazy_init": lambda: None,
-        "get_device_name": lambda *_: f"{card} (simulated)", "mem_get_info": lambda *_: (70 * 2**30, 80 * 2**30),
-        "synchronize": gpu.synchronize, "max_memory_reserved": gpu.peak_bytes, "Stream": gpu.new_stream,
-        "Event": Event, "CUDAGraph": Graph, "current_stream": lambda *_: gpu.stream, "stream": gpu.on_stream,
-        "graph": gpu.capture,
+        torch.cuda: {
+            "is_available": lambda: True, "is_bf16_supported": lambda *_, **__: True, "_lazy_init": lambda: None,
+            "get_device_name": lambda *_: f"{card} (simulated)", "mem_get_info": lambda *_: (70 * 2**30, 80 * 2**30),
+            "synchronize": gpu.synchronize, "max_memory_reserved": gpu.peak_bytes, "Stream": gpu.new_stream,
+            "Event": Event, "CUDAGraph": Graph, "current_stream": lambda *_: gpu.stream, "stream": gpu.on_stream,
+            "graph": gpu.capture,
+        },
+        torch: {
+            "Generator": lambda device="cpu": one_generator(),
+            "autocast": lambda _, dtype=torch.bfloat16, enabled=True: one_autocast("cpu", dtype, enabled=enabled),
+        },
+        torch.nn.Module: {"compile": lambda self, **_: setattr(gpu, "fuses", True)},
+        clip: {
+            "_has_foreach_support": lambda *_: True, "_device_has_foreach_support": lambda *_: True,
+            "_group_tensors_by_device_and_dtype": lambda x: {(DEVICE, k[1]): y for k, y in grouped(x).items()},
+        },
     }  # fmt: skip
-    for name, stand_in in patches.items():
-        setattr(torch.cuda, name, stand_in)
-    torch.Generator = lambda device="cpu": one_generator()
-    torch.autocast = lambda device, dtype=None, enabled=True: REAL_AUTOCAST("cpu", torch.bfloat16, enabled=enabled)
-    torch.nn.Module.compile = lambda self, **_: setattr(gpu, "fuses", True)
-    clip, grouped = torch.nn.utils.clip_grad, torch.nn.utils.clip_grad._group_tensors_by_device_and_dtype
-    clip._has_foreach_support = clip._device_has_foreach_support = lambda *_: True
-    clip._group_tensors_by_device_and_dtype = lambda x: {(DEVICE, key[1]): y for key, y in grouped(x).items()}
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
-    Dispatch().__enter__()
-    return gpu
+    with contextlib.ExitStack() as stack:
+        for owner, stand_ins in patches.items():
+            stack.enter_context(mock.patch.multiple(owner, **stand_ins))
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, False)
+        stack.enter_context(Dispatch())
+        yield gpu
 
 
 def labelled(owner, name, part):

@@ -106,8 +106,10 @@ PLAN_PARTS = {
     "copies": ["model.refresh"],
     "other": [],
 }
-COUNTED = {"ms": ("seconds", 1e3), "kernels": ("kernels", 1), "GB": ("bytes", 1e-9), "TFLOP": ("flops", 1e-12)}
-COUNTED |= {name: (name, 1) for name in ("launches", "transfers", "waits")}
+# Columns: what is counted, factor, format.
+COUNTED = {"ms": ("seconds", 1e3, ".3f"), "kernels": ("kernels", 1, ".1f"), "GB": ("bytes", 1e-9, ".3f")}
+COUNTED |= {"TFLOP": ("flops", 1e-12, ".4f")}
+COUNTED |= {name: (name, 1, ".1f") for name in ("launches", "transfers", "waits")}
 ON_THE_HOST = ["script.stalest", "script.sample", "script.make_targets", "mcts.make_tree", "model.AtariGames.step"]
 
 
@@ -148,14 +150,13 @@ class Clock:
         return wrapper
 
 
-def simulate(script, card, assumptions):
-    """Puts a simulated GPU in the place of the one that is not here -> it."""
+def prepare(script, gpu):
+    """Makes a script run on a simulated GPU, and its functions count for the parts of an update."""
     global host_time
-    gpu = simulated_gpu.install(card, assumptions)
     host_time = lambda: gpu.now  # noqa: E731
-    script.choose_device = lambda args, num_updates, choose=script.choose_device: (
-        choose(args, num_updates) and simulated_gpu.DEVICE
-    )
+    choose_device = script.choose_device
+    script.choose_device = lambda *args: choose_device(*args) and simulated_gpu.DEVICE
+    os.cpu_count = lambda: 1  # what is run in parallel is compiled for half a minute
     modules = {"script": script, "torch": torch, "model": model, "mcts": mcts}
 
     def owner_of(path):
@@ -172,12 +173,10 @@ def simulate(script, card, assumptions):
             simulated_gpu.hosted(owner, name)
 
     def tree_seconds(tree, *_):
-        threads = assumptions.tree_threads if len(tree.roots) >= mcts.PARALLEL_MIN_ROOTS else 1
-        return 1e-9 * assumptions.tree_ns * len(tree.roots) / threads
+        threads = gpu.assumed.tree_threads if len(tree.roots) >= mcts.PARALLEL_MIN_ROOTS else 1
+        return 1e-9 * gpu.assumed.tree_ns * len(tree.roots) / threads
 
     simulated_gpu.hosted(mcts, "run_step", tree_seconds)
-    os.cpu_count = lambda: 1  # what is run in parallel is compiled for half a minute
-    return gpu
 
 
 def run_blocks(script, plan, gpu):
@@ -209,11 +208,12 @@ def run_blocks(script, plan, gpu):
     return blocks[1:]
 
 
-def measure(name, flags, plan, card=None, assumptions=None):
+def measure(name, flags, plan, gpu=None):
     """Runs a case in this process, which is to be a new one -> its row, times in ms per update; and by part, what a
     simulated GPU did in an update."""
     script, stamps = CASES[name][0], []
-    gpu = simulate(script, card, simulated_gpu.Assumptions(**assumptions)) if card else None
+    if gpu:
+        prepare(script, gpu)
     read_flags = model.read_flags
     model.read_flags = lambda cls, description: read_flags(cls, description, flags)
     model.refuse_flag = lambda *_: None  # flags that only the other scripts have
@@ -235,6 +235,18 @@ def measure(name, flags, plan, card=None, assumptions=None):
     row |= {"RAM GB": int(peak[1]) * 1024 / 1e9, "GPU GB": torch.cuda.max_memory_reserved() / 1e9}
     row |= {"eval": 1e3 * evaluation, "hours": (plain[1] + evaluation) * 1e5 / 3600}
     return row, {part: {key: x / plan.block for key, x in count.items()} for part, count in plain[3].items()}
+
+
+def simulate(name, flags, plan, card, assumptions):
+    """As `measure`, on a simulated GPU. Raises if streams are in each other's way."""
+    with simulated_gpu.simulated(card, simulated_gpu.Assumptions(**assumptions)) as gpu:
+        results = measure(name, flags, plan, gpu)
+        # A step is written into a row that no update reads which may still be running.
+        frames = gpu.storage_of(CASES[name][0].replay.frames)
+        races = [race for race in gpu.races if race != ("written while another stream reads it", frames)]
+        if races:
+            raise RuntimeError(f"{len(races)} races between streams: {races[0][0]}, {races[0][1].num_bytes:,} bytes")
+    return results
 
 
 # --- in the parent ---
@@ -302,7 +314,8 @@ if __name__ == "__main__":
             words = f"{common} --run-dir {folder}/run-{name} {CASES[name][1]} {plan.size} {args.flags}".format(**inputs)
             words = override(words.split())
             code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import speed"
-            code += f"; print(speed.measure({name!r}, {words}, speed.{plan}, {args.plan!r}, {assumptions}))"
+            function, others = ("simulate", f", {args.plan!r}, {assumptions}") if args.plan else ("measure", "")
+            code += f"; print(speed.{function}({name!r}, {words}, speed.{plan}{others}))"
             done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
             if done.returncode:  # the script has said why, unless it was killed
                 raise SystemExit(f"error: --cases {name} ended with {done.returncode}; -9 may be a lack of memory")
@@ -318,9 +331,9 @@ if __name__ == "__main__":
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
     for name, parts in counted.items() if args.plan else []:
         print(f"\n{name}, in an update: ms on the GPU; launches, transfers and waits of the host")
-        print("".join(title.rjust(10) for title in ["", *COUNTED]).rjust(20))
+        print(" " * 20 + "".join(title.rjust(10) for title in COUNTED))
         for part in [part for part in PLAN_PARTS if part in parts]:
-            cells = [format(scale * parts[part].get(key, 0), ",.2f") for key, scale in COUNTED.values()]
+            cells = [format(scale * parts[part].get(key, 0), form) for key, scale, form in COUNTED.values()]
             print(part.ljust(20) + "".join(cell.rjust(10) for cell in cells))
     print("\nms of an update and its parts. of floor: ms counted for one H100 / ms. eval: 32 games of 1,000 steps in")
     print("10,000 updates. hours: of 100,000 updates with eval. {cpu}, {cores} cores, {gpu}, {date}".format(**machine))
