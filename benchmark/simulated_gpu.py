@@ -48,8 +48,8 @@ class Assumptions:
     host_share: float = 1.0  # speed of this machine's CPU, in units of the other one's
 
 
-KERNELS = {"convolution_backward": 2, "native_batch_norm": 2, "native_batch_norm_backward": 2}  # others: 1
-READ_TWICE = ("native_batch_norm", "native_batch_norm_backward")  # for the statistics, and to apply them
+TWO_PASSES = ("native_batch_norm", "native_batch_norm_backward")  # read for the statistics, and to apply them
+POINTWISE = ("_to_copy", "copy_", "clone", "fill_", "zero_")  # beside those that PyTorch marks so
 GATHERS = ("index", "index_select", "gather")  # read as much as they write of the first operand
 SCATTERS = ("index_copy_", "index_put_", "_index_put_impl_")  # write as much as they read of the last
 NO_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "lift_fresh")
@@ -173,7 +173,9 @@ class Dispatch(TorchDispatchMode):
             return gpu.run(func, args, kwargs)
         kwargs.pop("pin_memory", None)
         gpu.now += gpu.assumed.call_us / 1e6
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        gpu.check_host(func, [x for x in tree_flatten((args, result))[0] if isinstance(x, torch.Tensor)])
+        return result
 
 
 class Gpu:
@@ -194,6 +196,7 @@ class Gpu:
         self.pool = collections.Counter()  # bytes: held, peak
         self.fuses = False  # whether operations element by element are one kernel, as torch.compile makes them
         self.group = None  # of such operations: (part, {id: bytes read}, [what they made])
+        self.transfers = {}  # those without a wait, by the host's memory: (stream, number, whether to the host)
         self.races = []
 
     # --- memory ---
@@ -267,10 +270,13 @@ class Gpu:
         self.host.known[stream] = max(self.host.known[stream], count)
 
     def synchronize(self, *_):
+        everything = Stream()
         for stream in self.streams:
-            self.wait(stream, stream.free_at, stream.count, stream.known)
+            everything.wait_stream(stream)
+        self.wait(everything, everything.free_at, 0, everything.known)
 
-    def transfer(self, tensor, blocking):
+    def transfer(self, tensor, blocking, on_host=None):
+        """`on_host`: the tensor there, if the host does not wait and so must not touch it."""
         num_bytes = tensor.numel() * tensor.element_size()
         if self.capturing and blocking:
             raise RuntimeError("a transfer from or to memory that is not pinned is not permitted when capturing")
@@ -278,9 +284,19 @@ class Gpu:
         self.counts[self.part]["transfers"] += 1
         if isinstance(tensor, GpuTensor):
             self.order({self.storage_of(tensor)}, set())
+        stream = self.stream
         if blocking:
-            stream = self.stream
             self.wait(stream, stream.free_at, stream.count, stream.known)
+        elif on_host is not None:
+            stream.count += 1
+            self.transfers[on_host.untyped_storage().data_ptr()] = stream, stream.count, on_host is not tensor
+
+    def check_host(self, func, tensors):
+        """Nothing is read where a transfer to the host may be under way, nothing written where one from it may be."""
+        for tensor in tensors:
+            stream, count, to_host = self.transfers.get(tensor.untyped_storage().data_ptr(), (self.host, 0, False))
+            if not self.host.knows(stream, count) and (to_host or func._schema.is_mutable):
+                self.races.append(("touched by the host during a transfer", tensor))
 
     # --- operations ---
     def run(self, func, args, kwargs):
@@ -294,14 +310,16 @@ class Gpu:
             return args[0].cpu().item() if args[0].dtype != torch.bool else args[0].cpu().logical_not().item()
         if name == "copy_" and not isinstance(args[0], GpuTensor):
             self.close_group()
-            self.transfer(args[1], blocking=not (args[2] if len(args) > 2 else kwargs.get("non_blocking")))
-            return args[0].fill_(1)
+            blocking = not (args[2] if len(args) > 2 else kwargs.get("non_blocking"))
+            result = args[0].fill_(1)
+            self.transfer(args[1], blocking, args[0])
+            return result
         operands = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
         elsewhere = [x for x in operands if not isinstance(x, GpuTensor) and x.dim()]
         to_gpu = name in ("_to_copy", "copy_") and elsewhere
         if to_gpu:
             self.close_group()
-            self.transfer(elsewhere[0], blocking=not (kwargs.get("non_blocking") or True in args[2:]))
+            self.transfer(elsewhere[0], not (kwargs.get("non_blocking") or True in args[2:]), elsewhere[0])
         elif (
             name == "cat"
         ):  # of a split, autograd fills in the gradients of what is not used, where C++ thinks they lie
@@ -348,7 +366,11 @@ class Gpu:
             self.capturing.writes |= writes
         else:
             self.order(reads, writes)
-        pointwise = torch.Tag.pointwise in func.tags or name in ("_to_copy", "copy_", "clone", "fill_", "zero_")
+        pointwise = torch.Tag.pointwise in func.tags or name in POINTWISE
+        if name in TWO_PASSES:  # the second is element by element
+            self.close_group()
+            self.launch(self.part, 1, sum(map(size_of, operands)), 0, "fp32")
+            pointwise = True
         if self.fuses and pointwise:
             if self.group is None or self.group[0] != self.part:
                 self.close_group()
@@ -365,13 +387,15 @@ class Gpu:
         if name in SCATTERS:
             sizes[0] = 0
             made = operands[-1:]
-        num_bytes = sum(sizes) + sum(map(size_of, made)) + (sizes[0] if name in READ_TWICE else 0)
+        num_bytes = sum(sizes) + sum(map(size_of, made))
         flops = 0
         if func.overloadpacket in flop_registry:
             on_meta = tree_map(lambda x: x.meta if isinstance(x, GpuTensor) else x, (args, kwargs, result))
             flops = flop_registry[func.overloadpacket](*on_meta[0], **on_meta[1], out_val=on_meta[2])
         peak = "bf16" if operands and operands[0].dtype == torch.bfloat16 else "fp32"
-        self.launch(self.part, KERNELS.get(name, 1), num_bytes, flops, peak)
+        self.launch(
+            self.part, 2 if name == "convolution_backward" else 1, num_bytes, flops, peak
+        )  # of input and weights
 
     def close_group(self):
         """One kernel for the operations so far that are fused: it reads what they did not make, and writes what

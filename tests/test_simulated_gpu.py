@@ -1,6 +1,7 @@
 """The simulated GPU of benchmark/speed.py --plan: its clock and counts against sums by hand, its rules, the scripts."""
 
 import csv
+import itertools
 import os
 import re
 import shutil
@@ -180,6 +181,20 @@ def test_streams_that_do_not_wait_for_each_other_are_found(gpu):
     assert races(lambda: through_the_host(record_after=False)) == {"used while another stream writes it"}
 
 
+@pytest.mark.parametrize("to_host", [False, True])
+def test_a_host_that_touches_a_transfer_is_found(gpu, to_host):
+    here, there, event = torch.zeros(3, pin_memory=True), on_gpu(3), torch.cuda.Event()
+    for wait, write, fault in ((True, True, False), (False, False, to_host), (False, True, True)):
+        (here.copy_ if to_host else there.copy_)(there if to_host else here, non_blocking=True)
+        event.record()
+        if wait:
+            event.synchronize()
+        here.fill_(1) if write else here[:2]
+        assert {race for race, _ in gpu.races} == ({"touched by the host during a transfer"} if fault else set())
+        gpu.races.clear()
+        event.synchronize()
+
+
 def test_the_operations_of_an_update_are_those_that_pytorch_counts(gpu):
     net, batch = tiny_net(), some_batch(K=2)
     with simulated_gpu.torch.utils._python_dispatch._disable_current_modes(), FlopCounterMode(display=False) as counter:
@@ -238,14 +253,14 @@ def test_the_scripts_run_on_it_and_wait_for_it_no_more_than_they_say(tmp_path):
     assert all(0.5 < float(row["ms"]) < 50 and 0 < float(row["GPU GB"]) < 1 for row in rows)
     tables = re.split(r"\n(?=\w+, in an update)", done.stdout)[1:]
     for table, others in zip(tables, [{"similarity", "copies"}, set()], strict=True):
-        counts = {line[:20].strip(): np.array(line[20:].split(), float) for line in table.splitlines()[2:] if line}
-        counts = {part: x for part, x in counts.items() if len(x) == 7}
+        lines = itertools.takewhile(bool, table.splitlines()[2:])
+        counts = {line[:20].strip(): np.array(line[20:].split(), float) for line in lines}
         ms, kernels, _, _, launches, _, waits = np.array(list(counts.values())).T
         assert {"gather, augment", "forward", "backward", "clip", "step"} <= set(counts) and others <= set(counts)
         assert (ms > 0).all() and kernels.sum() > 500
         # A tenth of the updates of XTRA measures and is not recorded.
         assert counts["forward"][4] == pytest.approx(0.1 * counts["forward"][1] if others else 0, abs=0.02)
-        assert waits.sum() < (10 if others else 1)
+        assert waits.sum() < (10 if others else 2)  # the second: 7 tensors go there in a cycle of 8, one comes back
 
 
 def test_a_stream_that_is_not_waited_for_ends_the_plan(tmp_path):
