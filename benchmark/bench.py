@@ -82,7 +82,8 @@ def run(args, game, seed):
     flags = f"{SMALL} {action_flags(args)} {args.flags} --env-id toy_env:{game} --seed {seed}"
     flags += f" --eval-every {args.steps[0]} --total-timesteps {args.steps[-1]} --run-dir {folder} --resume"
     words = [sys.executable, str(ROOT / "finetune.py"), *override(flags.split())]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = f"{ROOT}/tests:{os.environ.get('PYTHONPATH', '')}"
     done = folder / "bench.json"  # the flags and the seconds of the process that ended the run
     if done.exists() and json.loads(done.read_text())["flags"] != flags:
         raise SystemExit(f"error: {folder} was made with other flags; choose another --folder")

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 export OMP_NUM_THREADS=1      # two runs at a time, one thread each
 export CUDA_VISIBLE_DEVICES= # on a GPU each run would compile for a minute
-export PYTHONPATH=tests       # the folder of the toy games
+export PYTHONPATH=tests:${PYTHONPATH:-} # the folder of the toy games
 trap 'trap - TERM; kill 0' INT TERM # Ctrl-C ends what runs in the background too
 RUN=runs/quickstart-$(date +%Y%m%d-%H%M%S)
 mkdir -p "$RUN"

@@ -30,7 +30,8 @@ THRESHOLD = 12.0  # of 16; the mean of 16 random games is 0 +- 1
 
 def run_all(folder, commands):
     """Runs {run folder: script and flags} of one stage in `folder`, two at a time."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}/tests", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = f"{ROOT}/tests:{os.environ.get('PYTHONPATH', '')}"
 
     def start(run_dir):
         script, flags = commands[run_dir].split(" ", 1)

@@ -94,7 +94,8 @@ def words(command):
 
 
 def environment():
-    found = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    found = os.environ | {"OMP_NUM_THREADS": "1"}
+    found["PYTHONPATH"] = f"{ROOT}/tests:{os.environ.get('PYTHONPATH', '')}"
     found.pop("PYTHONUNBUFFERED", None)  # the scripts themselves see to it that each line comes at once
     return found
 

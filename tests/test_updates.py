@@ -155,7 +155,11 @@ def test_without_rewards_the_policy_stays_uniform(tmp_path):
     flags = "--env-id toy_env:NoReward-v0 --channels 8 --batch-size 32 --unroll-steps 1 --learning-rate 0.1"
     flags += " --num-envs 8 --learning-starts 128 --total-timesteps 128 --eval-episodes 1 --eval-max-frames 4"
     flags += f" --save-dataset {tmp_path}/states.npz --run-dir {tmp_path}/run"
-    paths = {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    paths = {
+        "PYTHONPATH": f"{ROOT}/tests:{os.environ.get('PYTHONPATH', '')}",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     command = [sys.executable, str(ROOT / "finetune.py"), *flags.split()]
     done = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
