@@ -1,5 +1,8 @@
 """The replay: as self-play fills it, as batches are drawn from it, and as datasets bring it back."""
 
+import textwrap
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ import finetune
 import model
 from finetune import play_step, save_dataset, select_actions, start_games, temperature_at
 from model import read_dataset
-from pretrain_teacher import GAME_OVER, LIFE_LOST, TIME_LIMIT, Game, Replay, make_replay, sample
+from pretrain_teacher import GAME_OVER, LIFE_LOST, TIME_LIMIT, Game, Replay, draw_different, make_replay, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*out of date")
 
@@ -134,6 +137,33 @@ def test_a_batch_has_no_row_twice_and_none_that_was_not_acted_on():
     replay, games = replay_with(rng.uniform(0.1, 1, 60) * (np.arange(60) % 3 > 0))
     rows, _ = sample(replay, games, [40], 50, 0.6, 0.4, rng)
     assert (np.sort(rows) == [i for i in range(60) if i % 3 > 0]).all()  # all 40 that there are, in each batch
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_different_rows_are_those_that_numpy_draws_one_batch_after_the_other(seed):
+    """Steep probabilities: most batches hit a row twice, and draw again."""
+    one, other = np.random.default_rng(seed), np.random.default_rng(seed)
+    probability = one.random(50) ** 8 * (np.arange(50) % 5 > 0)
+    probability /= probability.sum()
+    size = int(one.integers(1, 41))
+    other.bit_generator.state = one.bit_generator.state
+    options = {"replace": False, "p": probability, "shuffle": False}
+    expected = np.stack([one.choice(50, size, **options) for _ in range(4)])
+    np.testing.assert_array_equal(draw_different(other, probability, size, 4), expected)
+    assert one.bit_generator.state == other.bit_generator.state
+
+
+def test_what_is_played_gets_the_highest_priority_that_there_is():
+    """By these lines of finetune.py's main loop."""
+    source = (Path(finetune.__file__)).read_text()
+    start, stop = source.index("        if played:"), source.index("        # ALGO LOGIC: training.")
+    replay = Replay(6)
+    replay.acted[:] = 1, 1, 1, 1, 0, 0
+    space = {"np": np, "replay": replay, "own": slice(1, 6)}
+    for priority, expected in (([9, 0, 0, 0, 0, 0], [9, 0, 0, 1, 0, 0]), ([9, 2, 5, 0, 0, 0], [9, 2, 5, 5, 0, 0])):
+        replay.priority[:] = priority  # the first row is another game's, rows 3 and 4 are new
+        exec(textwrap.dedent(source[start:stop]), space | {"played": [np.array([3]), np.array([4])]})
+        assert replay.priority.tolist() == expected
 
 
 @pytest.mark.parametrize("beta", [0.4, 1.0])

@@ -125,6 +125,18 @@ def test_before_the_oldest_come_those_used_more_often_than_they_should_be():
     assert stalest(replay, rows, 6, reuse=1).tolist() == [5, 4, 2, 0, 3, 1]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_the_stalest_are_the_first_of_all_in_order(seed):
+    rng, replay = np.random.default_rng(seed), Replay(60)
+    replay.turn[:] = rng.integers(seed % 2, rng.integers(2, 9), 60)
+    replay.uses[:] = rng.integers(0, rng.integers(1, 12), 60)
+    rows = rng.permutation(60)[:50]
+    order = sorted(rows, key=lambda row: (replay.turn[row] > 0, -max(0, replay.uses[row] - 4), replay.turn[row]))
+    never = (replay.turn[rows] == 0).sum()
+    for n in (0, 1, 17, 49, 50, 70):
+        assert stalest(replay, rows, n, reuse=4).tolist() == order[: max(n, never)]
+
+
 def test_every_state_gets_its_turn():
     replay, rows = Replay(25), np.arange(2, 25)
     reanalyze(Answer(1), replay, rows, None, None, True)
