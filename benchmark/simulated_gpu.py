@@ -194,7 +194,8 @@ class Gpu:
         self.counts = collections.defaultdict(collections.Counter)
         self.storages = {}
         self.pool = collections.Counter()  # bytes: held, peak
-        self.fuses = False  # whether operations element by element are one kernel, as torch.compile makes them
+        self.compiled = False  # whether any network is: what autograd does is then taken for compiled too
+        self.fusing = 0  # calls of compiled networks, and of what is one kernel anyway, that are not over
         self.group = None  # of such operations: (part, {id: bytes read}, [what they made])
         self.transfers = {}  # those without a wait, by the host's memory: (stream, number, whether to the host)
         self.races = []
@@ -371,7 +372,8 @@ class Gpu:
             self.close_group()
             self.launch(self.part, 1, sum(map(size_of, operands)), 0, "fp32")
             pointwise = True
-        if self.fuses and pointwise:
+        in_backward = torch._C._current_graph_task_id() != -1
+        if pointwise and (self.fusing > 0 or self.compiled and in_backward):
             if self.group is None or self.group[0] != self.part:
                 self.close_group()
                 self.group = self.part, {}, []
@@ -406,7 +408,32 @@ class Gpu:
             kept = [x() for x in products if x() is not None]
             self.launch(part, 1, sum(read.values()) + sum(map(size_of, kept)), 0, "bf16")
 
+    def fused(self, function):
+        """`function`, whose operations element by element are one kernel wherever they follow each other."""
+
+        def wrapper(*args, **kwargs):
+            self.close_group()
+            self.fusing += 1
+            result = function(*args, **kwargs)
+            self.close_group()
+            self.fusing -= 1
+            return result
+
+        return wrapper
+
     # --- in place of torch.cuda ---
+    def compile(self, module):
+        self.compiled = True
+        module._compiled_call_impl = self.fused(module._call_impl)
+
+    @contextlib.contextmanager
+    def set_stance(self, stance):
+        before = self.compiled, self.fusing
+        self.compiled, self.fusing = False, -1_000  # no call of a compiled network makes that positive
+        yield
+        self.close_group()
+        self.compiled, self.fusing = before
+
     @contextlib.contextmanager
     def on_stream(self, stream):
         self.close_group()
@@ -458,7 +485,9 @@ def simulated(card, assumed):
             "Generator": lambda device="cpu": one_generator(),
             "autocast": lambda _, dtype=torch.bfloat16, enabled=True: one_autocast("cpu", dtype, enabled=enabled),
         },
-        torch.nn.Module: {"compile": lambda self, **_: setattr(gpu, "fuses", True)},
+        torch.nn.Module: {"compile": lambda self, **_: gpu.compile(self)},
+        torch.compiler: {"set_stance": gpu.set_stance},
+        torch._VF: {"lstm_cell": gpu.fused(torch._VF.lstm_cell)},  # on a GPU one kernel after the two products
         clip: {
             "_has_foreach_support": lambda *_: True, "_device_has_foreach_support": lambda *_: True,
             "_group_tensors_by_device_and_dtype": lambda x: {(DEVICE, k[1]): y for k, y in grouped(x).items()},

@@ -84,13 +84,18 @@ def test_what_is_recorded_is_launched_at_once(gpu):
 
 
 def test_operations_element_by_element_are_one_kernel_where_they_are_compiled(gpu):
-    x = on_gpu(1000, 1000)
-    chain = lambda: ((x * 2 + 1).relu() - x).neg()  # noqa: E731
-    assert seconds_of(gpu, chain)[1] == 5 + 8 + 8 + 8 + 12 + 8  # each reads and writes 4 MB, the fourth reads two
-    torch.nn.Linear(1, 1).compile()
-    y = []
-    assert seconds_of(gpu, lambda: y.append(chain())) == (5, 5 + 8)  # x is read, what is kept is written
-    assert seconds_of(gpu, chain) == (5, 5 + 4)
+    class Chain(torch.nn.Module):
+        def forward(self, x):
+            return ((x * 2 + 1).relu() - x).neg()
+
+    x, chain, y = on_gpu(1000, 1000), Chain(), []
+    steps = 8 + 8 + 8 + 12 + 8  # each reads and writes 4 MB, the fourth reads two
+    assert seconds_of(gpu, lambda: chain(x))[1] == 5 + steps
+    chain.compile()
+    assert seconds_of(gpu, lambda: y.append(chain(x))) == (5, 5 + 8)  # x is read, what is kept is written
+    with torch.compiler.set_stance("force_eager"):
+        assert seconds_of(gpu, lambda: chain(x))[1] == 5 + steps
+    assert seconds_of(gpu, lambda: chain.forward(x))[1] == 5 + steps  # what is not compiled
 
 
 def test_memory_is_what_tensors_hold_at_the_same_time(gpu):
@@ -258,8 +263,8 @@ def test_the_scripts_run_on_it_and_wait_for_it_no_more_than_they_say(tmp_path):
         ms, kernels, _, _, launches, _, waits = np.array(list(counts.values())).T
         assert {"gather, augment", "forward", "backward", "clip", "step"} <= set(counts) and others <= set(counts)
         assert (ms > 0).all() and kernels.sum() > 500
-        # A tenth of the updates of XTRA measures and is not recorded.
-        assert counts["forward"][4] == pytest.approx(0.1 * counts["forward"][1] if others else 0, abs=0.02)
+        # A tenth of the updates of XTRA measures: it is not recorded, nor compiled, and so has more kernels.
+        assert 0.1 < counts["forward"][4] / counts["forward"][1] < 0.2 if others else counts["forward"][4] == 0
         assert waits.sum() < (10 if others else 2)  # the second: 7 tensors go there in a cycle of 8, one comes back
 
 
