@@ -371,7 +371,9 @@ class EfficientZeroNet(nn.Module):
         latent, lstm_state, prefix_logits, policy_logits, value_logits = self.recurrent_inference(
             latent, action, lstm_state, depth
         )
-        return latent, lstm_state, support_to_scalar(prefix_logits), support_to_scalar(value_logits), policy_logits
+        # One call for both: it is 19 small kernels, in each simulation.
+        value_prefix, value = support_to_scalar(torch.stack([prefix_logits, value_logits]))
+        return latent, lstm_state, value_prefix, value, policy_logits
 
     def initial_lstm_state(self, batch_size, like):
         """Zeros (h, c), each [B, L], on the device and of the type of the tensor `like`."""

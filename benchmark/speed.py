@@ -53,6 +53,7 @@ class Args:
     offline_games: Literal[1, 2, 3, 4] | None = None  # of xtra and student; default: 4 on a GPU, 2 on a CPU
     repeats: int | None = None  # blocks to take the median of; default: 5, on a CPU at full size 3
     seed: int = 1  # seed of the runs
+    profile: bool = False  # whether PyTorch's profiler lists what takes longest in one more block, 15 lines a case
     output: str = "speed.csv"  # the table to write
     plan: Literal["H100", "H200", "A100", "RTX4090"] | None = None  # the card to simulate
     assumptions: simulated_gpu.Assumptions = field(default_factory=simulated_gpu.Assumptions)
@@ -179,7 +180,7 @@ def prepare(script, gpu):
     simulated_gpu.hosted(mcts, "run_step", tree_seconds)
 
 
-def run_blocks(script, plan, gpu):
+def run_blocks(script, plan, gpu, profile):
     """Runs the main block of a script to the end of its loop -> blocks (timed, seconds of an update, those by part, and
     what a simulated GPU did)."""
     blocks = []
@@ -199,6 +200,16 @@ def run_blocks(script, plan, gpu):
             counts = {part: dict(count) for part, count in gpu.counts.items()} if gpu else {}
             blocks.append((clock.on, sum(spent.values()), spent, counts))
         clock.on = False
+        if profile:
+            with torch.profiler.profile() as profiler:
+                start, first = time.perf_counter(), updates
+                while updates < first + plan.block:
+                    yield updates
+                    updates += cycles.step
+                if cuda:
+                    torch.cuda.synchronize()
+                seconds = time.perf_counter() - start
+            show_profile(profiler, seconds, updates - first, "device" if cuda else "cpu")
 
     progress, model.Progress = model.Progress, cycles
     main = ast.parse(Path(script.__file__).read_text()).body[-1].body
@@ -208,7 +219,15 @@ def run_blocks(script, plan, gpu):
     return blocks[1:]
 
 
-def measure(name, flags, plan, gpu=None):
+def show_profile(profiler, seconds, updates, kind):
+    """The 15 operations with the most time of their own on the "device" or the "cpu", and how busy that was."""
+    averages = profiler.key_averages()
+    busy = sum(getattr(x, f"self_{kind}_time_total") for x in averages) / 1e6
+    table = averages.table(f"self_{kind}_time_total", row_limit=15, max_name_column_width=60)
+    print(f"{table}\n{updates} updates in {seconds:.2f} s; kernels, or operations: {busy:.2f} s", file=sys.stderr)
+
+
+def measure(name, flags, plan, gpu=None, profile=False):
     """Runs a case in this process, which is to be a new one -> its row, times in ms per update; and by part, what a
     simulated GPU did in an update."""
     script, stamps = CASES[name][0], []
@@ -217,7 +236,7 @@ def measure(name, flags, plan, gpu=None):
     read_flags = model.read_flags
     model.read_flags = lambda cls, description: read_flags(cls, description, flags)
     model.refuse_flag = lambda *_: None  # flags that only the other scripts have
-    blocks = sorted(run_blocks(script, plan, gpu), key=lambda block: block[1])
+    blocks = sorted(run_blocks(script, plan, gpu, profile), key=lambda block: block[1])
     middle, modes = (plan.repeats - 1) // 2, (True, not script.args.cuda)
     split, plain = [[block for block in blocks if block[0] == timed][middle] for timed in modes]
     peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())  # KiB; getrusage's is the parent's too
@@ -283,6 +302,8 @@ if __name__ == "__main__":
     unknown = [{*tyro.cli(script.Args, **options)[1]} for script in (finetune, pretrain_teacher, distill)]
     for flag in [word for word in set.intersection(*unknown) if word.startswith("--")]:
         raise SystemExit(f"error: --flags has {flag}, expected flags of the scripts")
+    if args.plan and args.profile:
+        raise SystemExit("error: --profile is of what runs, and --plan only counts; drop one of the two")
     if "steps-per-update" in args.flags:
         raise SystemExit(
             "error: --flags has --steps-per-update, expected one step per update: the counter begins there"
@@ -314,7 +335,11 @@ if __name__ == "__main__":
             words = f"{common} --run-dir {folder}/run-{name} {CASES[name][1]} {plan.size} {args.flags}".format(**inputs)
             words = override(words.split())
             code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import speed"
-            function, others = ("simulate", f", {args.plan!r}, {assumptions}") if args.plan else ("measure", "")
+            function, others = (
+                ("simulate", f", {args.plan!r}, {assumptions}")
+                if args.plan
+                else ("measure", f", profile={args.profile}")
+            )
             code += f"; print(speed.{function}({name!r}, {words}, speed.{plan}{others}))"
             done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
             if done.returncode:  # the script has said why, unless it was killed
