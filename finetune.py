@@ -385,31 +385,6 @@ def stack_frames(replay, rows):
 
 
 # Copied from pretrain_teacher.py
-def draw_different(rng, probability, size, num_batches):
-    """`num_batches` times `size` different positions in `probability` [R] -> [num_batches, size].
-
-    They are those of `rng.choice(R, size, replace=False, p=probability, shuffle=False)`, called so many times, which
-    adds up all probabilities in each call: with 100,000 rows that was half of the time in which a GPU waits.
-    """
-    drawn = np.empty((num_batches, size), np.int64)
-    cumulative = np.cumsum(probability)
-    cumulative /= cumulative[-1]
-    for batch in drawn:
-        shares, found = cumulative, 0
-        while found < size:
-            if found:  # what came twice is drawn again, from the others
-                shares = probability.copy()
-                shares[batch[:found]] = 0
-                shares = np.cumsum(shares)
-                shares /= shares[-1]
-            new = shares.searchsorted(rng.random(size - found), side="right")
-            new = new[np.sort(np.unique(new, return_index=True)[1])]
-            batch[found : found + len(new)] = new
-            found += len(new)
-    return drawn
-
-
-# Copied from pretrain_teacher.py
 def sample(replay, games, sizes, num_batches, exponent, beta, rng):
     """Draws `num_batches` = E batches, each with `sizes[g]` rows of each game, `P ~ priority^exponent`. No row comes
     twice in a batch, unless its game has fewer rows than that.
@@ -425,7 +400,7 @@ def sample(replay, games, sizes, num_batches, exponent, beta, rng):
         if N < size:
             drawn = rng.choice(len(mass), (num_batches, size), p=probability)  # [E, size]
         else:
-            drawn = draw_different(rng, probability, size, num_batches)
+            drawn = model.draw_different(rng, probability, size, num_batches)
         inverse = (N * probability[drawn]) ** -beta
         rows.append(game.rows.start + drawn)
         weight.append(inverse / inverse.max(axis=1, keepdims=True))

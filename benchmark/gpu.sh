@@ -73,8 +73,8 @@ for step in "$@"; do
     chain)
         prepare
         bounded 120 $PYTHON distill.py --teachers "$OUT/teacher" --num-updates 40 $TINY --run-dir "$OUT/student"
-        xtra="finetune.py --env-id AssaultNoFrameskip-v4 --pretrained $OUT/student --total-timesteps 2400 $TINY"
-        xtra="$xtra --offline-batch-size 8 --eval-every 800 --checkpoint-every 200 --run-dir $OUT/xtra"
+        xtra="finetune.py --env-id AssaultNoFrameskip-v4 --pretrained $OUT/student --total-timesteps 1200 $TINY"
+        xtra="$xtra --offline-batch-size 8 --learning-starts 400 --eval-every 400 --checkpoint-every 200 --run-dir $OUT/xtra"
         $PYTHON $xtra &
         process=$!
         while kill -0 $process 2> /dev/null && [ ! -e "$OUT/xtra/checkpoint.pt" ]; do sleep 1; done

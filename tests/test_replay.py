@@ -12,7 +12,7 @@ import finetune
 import model
 from finetune import play_step, save_dataset, select_actions, start_games, temperature_at
 from model import read_dataset
-from pretrain_teacher import GAME_OVER, LIFE_LOST, TIME_LIMIT, Game, Replay, draw_different, make_replay, sample
+from pretrain_teacher import GAME_OVER, LIFE_LOST, TIME_LIMIT, Game, Replay, make_replay, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*out of date")
 
@@ -149,7 +149,7 @@ def test_different_rows_are_those_that_numpy_draws_one_batch_after_the_other(see
     other.bit_generator.state = one.bit_generator.state
     options = {"replace": False, "p": probability, "shuffle": False}
     expected = np.stack([one.choice(50, size, **options) for _ in range(4)])
-    np.testing.assert_array_equal(draw_different(other, probability, size, 4), expected)
+    np.testing.assert_array_equal(model.draw_different(other, probability, size, 4), expected)
     assert one.bit_generator.state == other.bit_generator.state
 
 
