@@ -173,6 +173,22 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(toy, work, name):
     assert left(work / name) == left(toy[0] / name)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+def test_on_a_gpu_a_killed_run_ends_near_where_it_would_have(tmp_path):
+    """Recorded anew after it was continued, from the momentum and the generator of the checkpoint."""
+    command, folders = (
+        COMMANDS["scratch"].replace("--no-cuda", "--no-compile"),
+        [tmp_path / "whole", tmp_path / "killed"],
+    )
+    for folder in folders:
+        folder.mkdir()
+    assert kill(folders[1], "scratch", command, signal.SIGKILL, 0)[0] == -signal.SIGKILL
+    for folder in folders:
+        run_alone(folder, command)
+    whole, killed = [left(folder / "scratch")["losses/loss"] for folder in folders]
+    np.testing.assert_allclose(killed, whole, rtol=0.1)  # (update, loss) of each cycle
+
+
 def test_ctrl_c_prints_the_command_that_goes_on(toy, work):
     shutil.rmtree(work / "xtra")
     status, output = kill(work, "xtra", COMMANDS["xtra"].replace(" --resume", ""), signal.SIGINT, 0)
