@@ -12,6 +12,7 @@ Letters: B batch, m offline games, K unroll steps, A actions (the 18 ALE ids), R
 so updates of a cycle. One update per environment step of 4 frames is the default; the x-axis is updates.
 """
 
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -999,8 +1000,9 @@ if __name__ == "__main__":
     if args.cudagraphs:
         update_batch = model.Recorded(update_batch, generator)
     if args.search_cudagraphs:
-        player.record = reanalyzer.record = evaluator.record = model.Recorded
-    selfplay_stream = torch.cuda.Stream(priority=-1) if args.selfplay_stream else None  # before the updates' kernels
+        reanalyzer.record = evaluator.record = model.Recorded
+        player.record = functools.partial(model.Recorded, priority=-1)  # its few kernels go before those of the updates
+    selfplay_stream = torch.cuda.Stream(priority=-1) if args.selfplay_stream else None
 
     # the run folder, the games, and if the run goes on, all that it had
     run_name = model.file_name(f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
@@ -1115,7 +1117,7 @@ if __name__ == "__main__":
         played = []  # rows of the steps of this cycle
         if selfplay_stream and not launched:  # steps beside updates need nothing that came after this
             selfplay_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(selfplay_stream):  # without one it changes nothing
+        with torch.cuda.stream(selfplay_stream) if selfplay_stream else contextlib.nullcontext():
             while env_steps < wanted_steps:
                 # ALGO LOGIC: put action logic here
                 if env_steps < random_steps:

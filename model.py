@@ -422,19 +422,20 @@ class Recorded:
     """`function(*inputs)` on a GPU; its kernels are recorded at the third call, then launched as one CUDA graph.
 
     inputs: tensors and dicts of tensors, which keep their shapes; what else the function reads keeps its place in
-    memory. generator: the source of its random numbers, if it draws any; each call draws new ones. The next call
-    overwrites the results. The first two calls are ordinary ones, so that the function has allocated and compiled what
-    it needs, the optimizer's momentum too.
+    memory. generator: the source of its random numbers, if it draws any; each call draws new ones. priority: of its
+    kernels, -1 or 0; they keep it on whatever stream they are launched. The next call overwrites the results. The first
+    two calls are ordinary ones, so that the function has allocated and compiled what it needs, the optimizer's momentum
+    too.
     """
 
-    def __init__(self, function, generator=None):
+    def __init__(self, function, generator=None, priority=0):
         self.function = function
         self.generator = generator
         self.calls = 0
         self.graph = None
         # What autograd makes on the default stream cannot be recorded later. And no two recordings may share a stream:
         # they would share cuBLAS's workspace, and one may be replayed beside the other.
-        self.stream = torch.cuda.Stream()
+        self.stream = torch.cuda.Stream(priority=priority)
 
     def __call__(self, *inputs):
         if self.calls < 2:
@@ -471,8 +472,11 @@ def draw_different(rng, probability, size, num_batches):
     """`num_batches` times `size` different positions in `probability` [R] -> [num_batches, size].
 
     They are those of `rng.choice(R, size, replace=False, p=probability, shuffle=False)`, called so many times, which
-    adds up all probabilities in each call: with 100,000 rows that was half of the time in which a GPU waits.
+    adds up all probabilities in each call: with 100,000 rows that was half of the time in which a GPU waits. Raises
+    ValueError if fewer than `size` are above 0.
     """
+    if np.count_nonzero(probability > 0) < size:
+        raise ValueError(f"{size} different rows are to be drawn, and fewer have a probability above 0")
     drawn = np.empty((num_batches, size), np.int64)
     cumulative = np.cumsum(probability)
     cumulative /= cumulative[-1]
