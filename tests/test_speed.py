@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import importlib
 import os
 import re
 import subprocess
@@ -9,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 SPEED = Path(__file__).resolve().parent.parent / "benchmark/speed.py"
 TINY = "--channels 8 --batch-size 4 --offline-batch-size 4 --num-simulations 2 --unroll-steps 2 --eval-episodes 2"
-LEARNING = ["draw", "batch", "training"]
+LEARNING = ["draw", "training"]
 SEARCHING = ["network", "tree", "transfers", "self-play", "environment"]
 
 
@@ -48,3 +50,16 @@ def test_a_flag_that_no_script_has_ends_it_with_one_line():
     done = speed("--flags=--chanels 8")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == "error: --flags has --chanels, expected flags of the scripts\n"
+
+
+def test_the_profile_lists_what_takes_longest(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(SPEED.parent))
+    speed = importlib.import_module("speed")
+    x = torch.ones(300, 300)
+    with torch.profiler.profile() as profiler:
+        for _ in range(20):
+            x @ x
+    speed.show_profile(profiler, 2.0, 40, "cpu")
+    said = capsys.readouterr().err
+    first = said.splitlines()[3]
+    assert first.split()[0] == "aten::mm" and "40 updates in 2.00 s" in said
