@@ -490,7 +490,7 @@ def learn(net, loss_function, batch, *, coefficients):
 
 
 # Copied from pretrain_teacher.py
-def update_network(learn_batch, replay, generator, optimizer, max_grad_norm, samples, *weights):
+def update_net(replay, generator, optimizer, max_grad_norm, learn_batch, samples, *weights):
     """One update from `take_samples`: gather, augment, loss and pass back, clip, step. `learn_batch(batch, *weights)`
     -> numbers [B + 2] (the priority of each sample, the loss, the gradient norm), the terms, and what else it returns.
 
@@ -506,7 +506,7 @@ def update_network(learn_batch, replay, generator, optimizer, max_grad_norm, sam
 
 # Copied from pretrain_teacher.py
 def store_priorities(replay, rows, numbers, first_update):
-    """Waits for the `numbers` [B + 2] of E updates (`update_network`) and gives the `rows` [E, B] their priorities
+    """Waits for the `numbers` [B + 2] of E updates (`update_net`) and gives the `rows` [E, B] their priorities
     -> numbers [E, B + 2]. Exits with one line if a loss is not finite."""
     numbers = torch.stack(numbers).cpu().numpy()
     finite = np.isfinite(numbers).all(axis=1)  # [E]
@@ -609,17 +609,17 @@ if __name__ == "__main__":
     actions = {"action_gain": args.action_gain, "one_hot_actions": args.one_hot_actions}
     config = model.ModelConfig.of_width(args.channels, args.blocks, norm_steps=norm_steps, **actions)
     net = model.EfficientZeroNet(config).to(device, memory_format=torch.channels_last).train()
-    parameters = list(net.parameters())
     learning_rate = torch.zeros((), device=device)  # a tensor: a recorded update reads it where it lies
-    options = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
-    optimizer = torch.optim.SGD(parameters, lr=learning_rate, **options)
+    optimizer = torch.optim.SGD(
+        net.parameters(), lr=learning_rate, momentum=args.momentum, weight_decay=args.weight_decay, fused=True
+    )
     options = {"discount": args.gamma, "c_init": args.c_init}
     simulations = 0 if cloning else args.num_simulations
     evaluator = mcts.Search(model.inference_copy(net), simulations, args.eval_episodes, **options)
     loss_function = cloning_loss if cloning else unroll_loss
     coefficients = {name: getattr(args, f"{name}_coef") for name in ("value_prefix", "policy", "value", "consistency")}
     learn_batch = functools.partial(learn, net, loss_function, coefficients=coefficients)
-    update_batch = functools.partial(update_network, learn_batch, replay, generator, optimizer, args.max_grad_norm)
+    update_batch = functools.partial(update_net, replay, generator, optimizer, args.max_grad_norm, learn_batch)
     unroll_steps = 1 if cloning else args.unroll_steps  # cloning unrolls nothing: its loss is not divided by K
 
     # what makes a GPU faster: each is off by a flag, and changes nothing but the rounding

@@ -445,8 +445,7 @@ def rehearse(envs, seed):
 
 
 def play_step(play, replay, action, env_steps):
-    """Takes one step in every environment, action [E], and stores it, without a priority; env_steps: of the run before
-    it."""
+    """Takes one step in every environment, action [E], and stores it, yet without a priority; env_steps: before it."""
     rows = play.newest
     E = len(rows)
     frames, reward, terminated, truncated, info = play.envs.step(action)
@@ -514,10 +513,10 @@ def stalest(replay, rows, n, reuse):
     the noise of a single search, the next search starts from there, and so on.
     """
     turn = replay.turn[rows]
-    n = max(n, np.count_nonzero(turn == 0))
+    n = min(len(rows), max(n, np.count_nonzero(turn == 0)))
     overused = np.maximum(replay.uses[rows] - reuse, 0)
-    key = np.where(turn > 0, (overused.max() - overused) * (turn.max() + 1) + turn, 0)
-    first = np.flatnonzero(key <= np.partition(key, n - 1)[n - 1]) if n < len(rows) else np.arange(len(rows))
+    rank = np.where(turn > 0, (overused.max() - overused) * (turn.max() + 1) + turn, 0)
+    first = np.flatnonzero(rank <= np.partition(rank, n - 1)[n - 1])  # faster than to sort all of a full replay
     order = np.lexsort((turn[first], -overused[first], turn[first] > 0))  # by the last key, ties by those before it
     return rows[first[order[:n]]]
 
@@ -706,7 +705,7 @@ def transfer_learn(net, loss_function, batch, eta, *, coefficients, sizes, paper
 
 
 # Copied from pretrain_teacher.py
-def update_network(learn_batch, replay, generator, optimizer, max_grad_norm, samples, *weights):
+def update_net(replay, generator, optimizer, max_grad_norm, learn_batch, samples, *weights):
     """One update from `take_samples`: gather, augment, loss and pass back, clip, step. `learn_batch(batch, *weights)`
     -> numbers [B + 2] (the priority of each sample, the loss, the gradient norm), the terms, and what else it returns.
 
@@ -722,7 +721,7 @@ def update_network(learn_batch, replay, generator, optimizer, max_grad_norm, sam
 
 # Copied from pretrain_teacher.py
 def store_priorities(replay, rows, numbers, first_update):
-    """Waits for the `numbers` [B + 2] of E updates (`update_network`) and gives the `rows` [E, B] their priorities
+    """Waits for the `numbers` [B + 2] of E updates (`update_net`) and gives the `rows` [E, B] their priorities
     -> numbers [E, B + 2]. Exits with one line if a loss is not finite."""
     numbers = torch.stack(numbers).cpu().numpy()
     finite = np.isfinite(numbers).all(axis=1)  # [E]
@@ -976,8 +975,9 @@ if __name__ == "__main__":
         net.representation.requires_grad_(False).eval()  # its batch norm statistics stay too
     parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
     learning_rate = torch.zeros((), device=device)  # a tensor: a recorded update reads it where it lies
-    options = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
-    optimizer = torch.optim.SGD(parameters, lr=learning_rate, **options)
+    optimizer = torch.optim.SGD(
+        parameters, lr=learning_rate, momentum=args.momentum, weight_decay=args.weight_decay, fused=True
+    )
     generator = torch.Generator(device).manual_seed(args.seed)  # augmentation
     options = {"discount": args.gamma, "c_init": args.c_init}
     options |= {"dirichlet_alpha": args.dirichlet_alpha, "noise_fraction": args.dirichlet_fraction}
@@ -989,9 +989,9 @@ if __name__ == "__main__":
     coefficients = {name: getattr(args, f"{name}_coef") for name in ("value_prefix", "policy", "value", "consistency")}
     constants = {"coefficients": coefficients, "sizes": sizes, "paper_loss": args.paper_loss}
     learn_batch = functools.partial(transfer_learn, net, unroll_loss, **constants)
-    steps = [replay, generator, optimizer, args.max_grad_norm]
-    update_batch = functools.partial(update_network, learn_batch, *steps)
-    measure_batch = functools.partial(update_network, functools.partial(learn_batch, measure=True), *steps)
+    update_by = functools.partial(update_net, replay, generator, optimizer, args.max_grad_norm)
+    update_batch = functools.partial(update_by, learn_batch)
+    measure_batch = functools.partial(update_by, functools.partial(learn_batch, measure=True))
 
     # what makes a GPU faster: each is off by a flag, and changes nothing but the rounding
     if args.compile:  # each for itself: the loss, with all that it unrolls, would take minutes

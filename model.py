@@ -1,6 +1,6 @@
-"""The EfficientZero networks, the value transform and the augmentation: tensors in, tensors out, on any device. Then
-what records kernels on a GPU, and at the end what comes from outside and goes there: environments, the command line,
-files and run folders of the three scripts.
+"""The EfficientZero networks and the value transform: tensors in, tensors out, on any device. Then what records kernels
+on a GPU, how rows are drawn and frames augmented, and at the end what comes from outside and goes there: environments,
+the command line, files and run folders of the three scripts.
 
     o_t-3..o_t --h--> s_0 --g(a_t)--> s_1 --g(a_t+1)--> s_2 ...    h  RepresentationNetwork    B  batch
                        |               |                           g  DynamicsNetwork          C  channels of the latent

@@ -354,10 +354,10 @@ def stalest(replay, rows, n, reuse):
     the noise of a single search, the next search starts from there, and so on.
     """
     turn = replay.turn[rows]
-    n = max(n, np.count_nonzero(turn == 0))
+    n = min(len(rows), max(n, np.count_nonzero(turn == 0)))
     overused = np.maximum(replay.uses[rows] - reuse, 0)
-    key = np.where(turn > 0, (overused.max() - overused) * (turn.max() + 1) + turn, 0)
-    first = np.flatnonzero(key <= np.partition(key, n - 1)[n - 1]) if n < len(rows) else np.arange(len(rows))
+    rank = np.where(turn > 0, (overused.max() - overused) * (turn.max() + 1) + turn, 0)
+    first = np.flatnonzero(rank <= np.partition(rank, n - 1)[n - 1])  # faster than to sort all of a full replay
     order = np.lexsort((turn[first], -overused[first], turn[first] > 0))  # by the last key, ties by those before it
     return rows[first[order[:n]]]
 
@@ -500,7 +500,7 @@ def learn(net, loss_function, batch, *, coefficients):
     return loss.detach(), terms, priority
 
 
-def update_network(learn_batch, replay, generator, optimizer, max_grad_norm, samples, *weights):
+def update_net(replay, generator, optimizer, max_grad_norm, learn_batch, samples, *weights):
     """One update from `take_samples`: gather, augment, loss and pass back, clip, step. `learn_batch(batch, *weights)`
     -> numbers [B + 2] (the priority of each sample, the loss, the gradient norm), the terms, and what else it returns.
 
@@ -515,7 +515,7 @@ def update_network(learn_batch, replay, generator, optimizer, max_grad_norm, sam
 
 
 def store_priorities(replay, rows, numbers, first_update):
-    """Waits for the `numbers` [B + 2] of E updates (`update_network`) and gives the `rows` [E, B] their priorities
+    """Waits for the `numbers` [B + 2] of E updates (`update_net`) and gives the `rows` [E, B] their priorities
     -> numbers [E, B + 2]. Exits with one line if a loss is not finite."""
     numbers = torch.stack(numbers).cpu().numpy()
     finite = np.isfinite(numbers).all(axis=1)  # [E]
@@ -656,10 +656,10 @@ if __name__ == "__main__":
     actions = {"action_gain": args.action_gain, "one_hot_actions": args.one_hot_actions}
     config = model.ModelConfig.of_width(args.channels, args.blocks, norm_steps=norm_steps, **actions)
     net = model.EfficientZeroNet(config).to(device, memory_format=torch.channels_last).train()
-    parameters = list(net.parameters())
     learning_rate = torch.zeros((), device=device)  # a tensor: a recorded update reads it where it lies
-    options = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
-    optimizer = torch.optim.SGD(parameters, lr=learning_rate, **options)
+    optimizer = torch.optim.SGD(
+        net.parameters(), lr=learning_rate, momentum=args.momentum, weight_decay=args.weight_decay, fused=True
+    )
     options = {"discount": args.gamma, "c_init": args.c_init}
     options |= {"dirichlet_alpha": args.dirichlet_alpha, "noise_fraction": args.dirichlet_fraction}
     block = min(quota, 4096 if args.cuda else 1024)  # states; at full size one takes 0.7 MB of RAM, half of it on a GPU
@@ -668,7 +668,7 @@ if __name__ == "__main__":
     next_target_net = model.inference_copy(net)
     coefficients = {name: getattr(args, f"{name}_coef") for name in ("value_prefix", "policy", "value", "consistency")}
     learn_batch = functools.partial(learn, net, unroll_loss, coefficients=coefficients)
-    update_batch = functools.partial(update_network, learn_batch, replay, generator, optimizer, args.max_grad_norm)
+    update_batch = functools.partial(update_net, replay, generator, optimizer, args.max_grad_norm, learn_batch)
 
     # what makes a GPU faster: each is off by a flag, and changes nothing but the rounding
     if args.compile:  # each for itself: the loss, with all that it unrolls, would take minutes

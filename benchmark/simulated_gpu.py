@@ -67,7 +67,7 @@ class Storage:
 
 
 class Stream:
-    def __init__(self, priority=0):
+    def __init__(self):
         self.free_at = 0.0  # s
         self.count = 0  # operations so far
         self.known = collections.Counter()  # of each stream, the operations that are over before the next one here
@@ -180,13 +180,12 @@ class Dispatch(TorchDispatchMode):
 
 class Gpu:
     def __init__(self, card, assumed):
-        self.card, self.assumed = card, assumed
+        self.assumed = assumed
         bandwidth, bf16, fp32 = CARDS[card]
         self.bytes_per_s = 1e12 * bandwidth * assumed.bandwidth_share
         self.flops_per_s = {"bf16": 1e12 * bf16 * assumed.flops_share, "fp32": 1e12 * fp32 * assumed.flops_share}
         self.now = 0.0  # s, on the host
-        self.host = Stream.__new__(Stream)
-        self.host.known = collections.Counter()
+        self.host = Stream()  # what the host knows to be over
         self.streams = []
         self.capturing = None  # the graph that is being recorded
         self.graphs = []
@@ -297,7 +296,8 @@ class Gpu:
         for tensor in tensors:
             stream, count, to_host = self.transfers.get(tensor.untyped_storage().data_ptr(), (self.host, 0, False))
             if not self.host.knows(stream, count) and (to_host or func._schema.is_mutable):
-                self.races.append(("touched by the host during a transfer", tensor))
+                memory = Storage(tensor.untyped_storage().nbytes(), self.pool, stream)
+                self.races.append(("touched by the host during a transfer", memory))
 
     # --- operations ---
     def run(self, func, args, kwargs):
@@ -321,10 +321,8 @@ class Gpu:
         if to_gpu:
             self.close_group()
             self.transfer(elsewhere[0], not (kwargs.get("non_blocking") or True in args[2:]), elsewhere[0])
-        elif (
-            name == "cat"
-        ):  # of a split, autograd fills in the gradients of what is not used, where C++ thinks they lie
-            pass
+        elif name == "cat":
+            pass  # autograd fills in gradients of zero for what a split leaves unused, where C++ thinks that they lie
         elif elsewhere and name not in (*GATHERS, *SCATTERS):
             raise RuntimeError(f"{name}: expected all tensors to be on the same device")
         elif elsewhere:  # indices

@@ -95,7 +95,7 @@ COLUMNS |= {"RAM GB": ".2f", "GPU GB": ".2f", "of floor": ".0%", "eval": ".2f", 
 
 # What --plan counts: the function whose calls belong to each part of a GPU's work. "script" is the one that runs.
 PLAN_PARTS = {
-    "gather, augment": (["script.take_batch"]),
+    "gather, augment": ["script.take_batch"],
     "forward": ["script.unroll_loss"],
     "backward": ["torch.Tensor.backward"],
     "similarity": ["script.gradient_cosines"],

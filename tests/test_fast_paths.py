@@ -11,7 +11,7 @@ from test_model import equal, some_obs, tiny_net
 
 import mcts
 import model
-from finetune import Batch, Replay, transfer_learn, unroll_loss, update_network
+from finetune import Batch, Replay, transfer_learn, unroll_loss, update_net
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 LEGAL = np.arange(18) % 3 > 0
@@ -137,14 +137,14 @@ def updates(wrap, device, measuring, compiled=False, K=2, n=20):
     learn_batch = functools.partial(transfer_learn, net, unroll_loss, **SETTINGS)
     measure_batch = functools.partial(learn_batch, measure=True)
     steps = [replay, generator.manual_seed(1), optimizer, 0.5]
-    update_batch = wrap(functools.partial(update_network, learn_batch, *steps), generator)
+    update_batch = wrap(functools.partial(update_net, *steps, learn_batch), generator)
     start, said = [x.detach().clone() for x in net.parameters()], []
     for i in range(n):
         inputs = some_samples(i, K, device), torch.tensor([i / 7, 1.0], device=device)
         rate.fill_(1e-4 * i)
         if i in measuring:
             with torch.compiler.set_stance("force_eager"):
-                numbers, _, cosines = update_network(measure_batch, *steps, *inputs)
+                numbers, _, cosines = update_net(*steps, measure_batch, *inputs)
         else:
             numbers, _, cosines = update_batch(*inputs)
         said.append(torch.cat([numbers, cosines]))
