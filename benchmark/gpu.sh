@@ -25,8 +25,8 @@ bounded() { # seconds, command: what fails or takes longer says so, and the next
 
 prepare() { # a small game, and a teacher who hardly knows it
     [ ! -e "$OUT/teacher/targets.npz" ] || return 0
-    $PYTHON finetune.py --env-id PhoenixNoFrameskip-v4 --total-timesteps 2000 --learning-starts 1960 $TINY \
-        --save-dataset "$OUT/phoenix.npz" --run-dir "$OUT/data"
+    $PYTHON finetune.py --env-id PhoenixNoFrameskip-v4 --total-timesteps 1920 --steps-per-update 40 $TINY \
+        --learning-starts 1600 --save-dataset "$OUT/phoenix.npz" --run-dir "$OUT/data"
     $PYTHON pretrain_teacher.py --datasets "$OUT/phoenix.npz" --num-updates 40 $TINY --run-dir "$OUT/teacher"
 }
 
@@ -73,8 +73,8 @@ for step in "$@"; do
     chain)
         prepare
         bounded 120 $PYTHON distill.py --teachers "$OUT/teacher" --num-updates 40 $TINY --run-dir "$OUT/student"
-        xtra="finetune.py --env-id AssaultNoFrameskip-v4 --pretrained $OUT/student --total-timesteps 1200 $TINY"
-        xtra="$xtra --offline-batch-size 8 --learning-starts 400 --eval-every 400 --checkpoint-every 200 --run-dir $OUT/xtra"
+        xtra="finetune.py --env-id AssaultNoFrameskip-v4 --pretrained $OUT/student --total-timesteps 400 $TINY"
+        xtra="$xtra --offline-batch-size 8 --learning-starts 160 --eval-every 200 --checkpoint-every 80 --run-dir $OUT/xtra"
         $PYTHON $xtra &
         process=$!
         while kill -0 $process 2> /dev/null && [ ! -e "$OUT/xtra/checkpoint.pt" ]; do sleep 1; done
